@@ -1,0 +1,1 @@
+"""Pretrained feature extractors: functions that build a ``Backbone`` of five stages."""
