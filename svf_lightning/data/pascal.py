@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from svf_lightning.data.folds import PASCAL_CLASSES, split_classes
@@ -147,6 +148,7 @@ def _check_list(path: Path, pairs: Sequence[tuple[Path, Path]]) -> None:
         seen.add(image)
 
 
+@cache
 def voc_palette() -> bytes:
     """The colours that VOC shows its class ids in: 256 times red, green, blue.
 
