@@ -1,0 +1,1 @@
+"""Tables and figures made from what runs leave behind; nothing here computes a score."""

@@ -1,0 +1,125 @@
+"""What happens around training, one small thing a callback."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import ProgressBar
+from torch import Tensor, nn
+
+from svf_lightning.episode import Episode
+from svf_lightning.progress import Progress
+
+
+class Finetune(Callback):
+    """Make the backbone trainable in the way ``prepare`` says.
+
+    Runs in ``setup``, which Lightning calls before it restores a checkpoint and before it builds
+    optimizers. So resuming finds the factored layers in place, and the optimizer sees only what
+    is left trainable.
+
+    Args:
+        prepare: Changes a backbone in place; calling it again must change nothing.
+    """
+
+    def __init__(self, prepare: Callable[[nn.Module], None]) -> None:
+        self.prepare = prepare
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.prepare(pl_module.model.backbone)
+
+
+class EpisodePictures(Callback):
+    """Keep the first test episodes with their predictions, for a picture grid.
+
+    Runs in ``on_test_batch_end``, where the predicted masks arrive; draws nothing itself.
+
+    Args:
+        count: How many episodes to keep.
+    """
+
+    def __init__(self, count: int = 8) -> None:
+        self.count = count
+        self.kept: list[tuple[Episode, Tensor, Tensor]] = []  # (episode, truth, predicted mask)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.kept = []
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        episodes, labels = batch
+        for i, (label, mask) in enumerate(zip(labels, outputs, strict=True)):
+            if len(self.kept) < self.count:
+                episode = Episode(*(None if field is None else field[i].cpu() for field in episodes))
+                self.kept.append((episode, label.cpu(), mask.cpu()))
+
+
+class EpisodeProgress(ProgressBar):
+    """Show episodes per second and the time left; plain lines where there is no terminal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bar: Progress | None = None
+        self.enabled = True
+
+    def disable(self) -> None:  # Lightning calls it on every process but the first
+        self.enabled = False
+
+    def start(self, text: str, total: float) -> None:
+        self.stop()
+        if self.enabled:
+            self.bar = Progress(text, total=int(total) if total != float("inf") else None, unit="episodes")
+
+    def advance(self, batch: Any, note: str = "") -> None:
+        if self.bar is not None:
+            episode = batch if isinstance(batch, Episode) else batch[0]
+            self.bar.advance(len(episode.query_image), note)
+
+    def stop(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        episodes = self.total_train_batches * trainer.train_dataloader.batch_size
+        self.start(f"train, epoch {trainer.current_epoch + 1} of {trainer.max_epochs}", episodes)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.advance(batch, f"loss {outputs['loss'].item():.3f}" if batch_idx % 10 == 0 else "")
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.stop()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.stop()
+        if not trainer.sanity_checking:
+            self.start("validate", len(trainer.val_dataloaders.dataset))
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any) -> None:
+        self.advance(batch)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.stop()
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.start("test", len(trainer.test_dataloaders.dataset))
+
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any) -> None:
+        self.advance(batch)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.stop()

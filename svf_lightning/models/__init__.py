@@ -1,0 +1,1 @@
+"""Few-shot segmentation methods, one a file; each reads beside its paper."""

@@ -1,0 +1,130 @@
+"""The paper's baseline: prototype, prior mask and an ASPP head. BAM's meta learner alone.
+
+Paper: Sun et al., Singular Value Fine-tuning: Few-shot Segmentation requires Few-parameters
+Fine-tuning, NeurIPS 2022 (arXiv:2206.06122). Meta learner: Lang et al., BAM, CVPR 2022.
+Original code: zechao-li/SVF-few-shot-segmentation, ``model/aspp.py`` (MIT licence of its parent
+chunbolang/BAM); rewritten here from its behaviour. Module names are the official ones, so
+that checkpoints carry over.
+
+Where the official code departs from the paper, its way is the default, because it made the
+published numbers, and an argument gives the other:
+
+- ``train_down_query=False``: the official optimizer has no group for ``down_query``, which thus
+  stays a fixed random projection of the query features. Here it is frozen openly.
+- ``shot_reduction="sum"``: priors and prototypes of K supports are added, not averaged, so a
+  head trained for one K fits no other. "mean" carries over from any K to any other.
+- ``kshot_rw`` of the official state dict is never used there and does not exist here; nor does
+  the Gram matrix, which is computed and thrown away.
+
+Unlike the official code, query and supports pass the backbone in one batch, feature maps may have
+any aspect ratio, and ``channels`` widens or narrows the head (256 in the paper).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from svf_lightning.backbones.backbone import Backbone
+from svf_lightning.episode import Episode, Prediction
+from svf_lightning.models.blocks import ASPP, conv_relu, foreground, masked_average_pool, prior_mask, resize
+
+
+class Baseline(nn.Module):
+    """Segment the query by its similarity to one prototype and one prior mask of the supports.
+
+    Args:
+        backbone: Five stages; features of stages 2 and 3 feed the head, stage 4 the prior.
+        shot: Supports per episode that the head is trained for. Only ``shot_reduction="mean"``
+            accepts another number at test time.
+        channels: Width of the head.
+        shot_reduction: How priors and prototypes of the shots combine, "sum" (official) or "mean".
+        train_down_query: Whether the projection of the query features learns (officially not).
+        dropout: Share of channels dropped after the two projections while training.
+        grid: The stage whose resolution the head works at. A dilated ResNet has one resolution from
+            stage 2 on; elsewhere "layer3" is the official choice, and "layer2" sees finer.
+
+    Raises:
+        ValueError: If an option has none of its values, or ``shot`` is below 1.
+
+    Source:
+        Sun et al., NeurIPS 2022, section 4.1 and supplement.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        shot: int = 1,
+        *,
+        channels: int = 256,
+        shot_reduction: str = "sum",
+        train_down_query: bool = False,
+        dropout: float = 0.5,
+        grid: str = "layer3",
+    ) -> None:
+        super().__init__()
+        if shot_reduction not in ("sum", "mean"):
+            raise ValueError(f"shot_reduction must be 'sum' or 'mean', got {shot_reduction!r}")
+        if grid not in ("layer2", "layer3"):
+            raise ValueError(f"grid must be 'layer2' or 'layer3', got {grid!r}")
+        if shot < 1:
+            raise ValueError(f"shot must be 1 or more, got {shot}")
+        self.backbone = backbone
+        self.shot = shot
+        self.shot_reduction = shot_reduction
+        self.grid = grid
+
+        middle = backbone.channels[3] + backbone.channels[2]
+        self.down_query = nn.Sequential(*conv_relu(middle, channels), nn.Dropout2d(dropout))
+        self.down_supp = nn.Sequential(*conv_relu(middle, channels), nn.Dropout2d(dropout))
+        self.init_merge = nn.Sequential(*conv_relu(2 * channels + 1, channels))
+        self.ASPP_meta = ASPP(channels)
+        self.res1_meta = nn.Sequential(*conv_relu(5 * channels, channels))
+        self.res2_meta = nn.Sequential(*conv_relu(channels, channels, 3), *conv_relu(channels, channels, 3))
+        self.cls_meta = nn.Sequential(
+            *conv_relu(channels, channels, 3), nn.Dropout2d(0.1), nn.Conv2d(channels, 2, 1)
+        )
+        self.down_query.requires_grad_(train_down_query)
+
+    def forward(self, episode: Episode) -> Prediction:
+        """Predict the query's mask.
+
+        Args:
+            episode: With ``shot`` supports each (any number with ``shot_reduction="mean"``).
+
+        Returns:
+            Logits ``(B, 2, H, W)`` at the query's size; nothing auxiliary.
+
+        Raises:
+            ValueError: If the episode's shots are not those that a summing head was trained for.
+        """
+        shots = episode.support_images.shape[1]
+        if shots != self.shot and self.shot_reduction == "sum":
+            raise ValueError(
+                f"this head sums over {self.shot} shot(s) and got {shots}; train it with shot={shots}, "
+                "or with model.network.shot_reduction=mean, which fits any number of shots"
+            )
+        batch = len(episode.query_image)
+        masks = foreground(episode.support_masks.flatten(0, 1))  # (BK, H, W)
+
+        # Features of stages 2 and 3, and of stage 4 with the supports' background masked out.
+        images = torch.cat([episode.query_image, episode.support_images.flatten(0, 1)])
+        see_all = masks.new_ones(batch, *masks.shape[1:])
+        *_, f2, f3, f4 = self.backbone(images, layer4_mask=torch.cat([see_all, masks]))
+        size = (f3 if self.grid == "layer3" else f2).shape[-2:]
+        middle = torch.cat([resize(f3, size), resize(f2, size)], dim=1)
+        query = self.down_query(middle[:batch])  # (B, C, h, w)
+        support = self.down_supp(middle[batch:])  # (BK, C, h, w)
+
+        # One prototype and one prior mask per support.
+        small = resize(masks[:, None], size)[:, 0]  # soft at the borders
+        prototypes = masked_average_pool(support, small).unflatten(0, (batch, shots))  # (B, K, C)
+        masked = f4[batch:] * resize(masks[:, None], f4.shape[-2:])
+        priors = prior_mask(f4[:batch].repeat_interleave(shots, dim=0), masked)
+        priors = resize(priors, size).unflatten(0, (batch, shots))  # (B, K, 1, h, w)
+
+        reduce = torch.sum if self.shot_reduction == "sum" else torch.mean
+        prototype = reduce(prototypes, dim=1)[:, :, None, None].expand_as(query)
+        x = self.init_merge(torch.cat([query, prototype, reduce(priors, dim=1)], dim=1))
+
+        x = self.res1_meta(self.ASPP_meta(x))
+        x = self.res2_meta(x) + x
+        return Prediction(resize(self.cls_meta(x), episode.query_image.shape[-2:]))

@@ -1,0 +1,119 @@
+"""The few pieces that several methods share, each with its source."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def resize(x: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
+    """Resize maps ``(N, C, H, W)`` bilinearly, corners aligned: the rule of PFENet and its heirs."""
+    if x.shape[-2:] == size:
+        return x
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=True)
+
+
+def foreground(masks: Tensor) -> Tensor:
+    """Turn masks with values 0, 1 and 255 into weights 1.0 on the class and 0.0 elsewhere."""
+    return (masks == 1).float()
+
+
+def conv_relu(
+    in_channels: int, out_channels: int, kernel_size: int = 1, dilation: int = 1, bias: bool = False
+) -> list[nn.Module]:
+    """A size-preserving convolution and its ReLU, to be unpacked into an ``nn.Sequential``."""
+    padding = dilation * (kernel_size // 2)
+    return [
+        nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, dilation=dilation, bias=bias),
+        nn.ReLU(inplace=True),
+    ]
+
+
+def masked_average_pool(features: Tensor, mask: Tensor, eps: float = 5e-4) -> Tensor:
+    """Average the features that lie under a mask: one prototype per image.
+
+    An image whose mask is empty gets the zero prototype, which adds no signal to its episode.
+
+    Args:
+        features: Shape ``(N, C, H, W)``.
+        mask: Weight of each position in ``[0, 1]``, shape ``(N, H, W)``. Remove the ignore
+            label first: a 255 left in would count as weight 255.
+        eps: Added to the area, which is counted in feature positions.
+
+    Returns:
+        Prototypes, shape ``(N, C)``, in the units of ``features``.
+
+    Raises:
+        ValueError: If features and mask differ in height or width.
+
+    Source:
+        Zhang et al., SG-One, IEEE Trans. Cybernetics 50(9), 2020; ``eps`` as in PFENet's code.
+
+    Example:
+        >>> features = torch.tensor([[[[1.0, 5.0], [3.0, 7.0]]]])
+        >>> mask = torch.tensor([[[0.0, 1.0], [0.0, 1.0]]])
+        >>> masked_average_pool(features, mask, eps=0)
+        tensor([[6.]])
+    """
+    if features.shape[-2:] != mask.shape[-2:]:
+        raise ValueError(
+            f"features are {tuple(features.shape[-2:])} but mask is {tuple(mask.shape[-2:])}; "
+            "resize the mask to the features first"
+        )
+    area = mask.sum(dim=(1, 2)) + eps
+    return torch.einsum("nchw,nhw->nc", features, mask) / area[:, None]
+
+
+def prior_mask(query: Tensor, support: Tensor, eps: float = 1e-7) -> Tensor:
+    """Tell how much each query position resembles anything in the masked support image.
+
+    The similarity of a query position is its best cosine over all support positions, stretched
+    to ``[0, 1]`` within each image.
+
+    Args:
+        query: High-level query features, shape ``(N, C, H, W)``.
+        support: High-level support features with the background set to zero, same shape.
+        eps: Keeps both divisions finite; a support with an empty mask gives a prior of zeros.
+
+    Returns:
+        Prior, shape ``(N, 1, H, W)``, in ``[0, 1]``.
+
+    Source:
+        Tian et al., PFENet, TPAMI 2020, section 4.2.
+    """
+    q, s = query.flatten(2), support.flatten(2)  # (N, C, P), (N, C, P')
+    norms = s.norm(dim=1)[:, :, None] * q.norm(dim=1)[:, None, :]
+    similarity = (torch.einsum("ncs,ncq->nsq", s, q) / (norms + eps)).amax(dim=1)  # (N, P)
+    low, high = similarity.amin(dim=1, keepdim=True), similarity.amax(dim=1, keepdim=True)
+    prior = (similarity - low) / (high - low + eps)
+    return prior.unflatten(1, query.shape[-2:])[:, None]
+
+
+class ASPP(nn.Module):
+    """Look at a feature map at five scales at once: global average, 1x1, and three dilated 3x3.
+
+    The global branch comes first in the output, as in the official state dict.
+
+    Args:
+        channels: Input channels and those of every branch; the output has five times as many.
+        dilations: Of the three 3x3 branches, in feature positions.
+
+    Source:
+        Chen et al., DeepLab, arXiv:1706.05587; layout of BAM's ``ASPP`` (chunbolang/BAM, MIT).
+    """
+
+    def __init__(self, channels: int = 256, dilations: tuple[int, int, int] = (6, 12, 18)) -> None:
+        super().__init__()
+        self.layer6_0 = nn.Sequential(*conv_relu(channels, channels, bias=True))
+        self.layer6_1 = nn.Sequential(*conv_relu(channels, channels, bias=True))
+        for branch, dilation in enumerate(dilations, start=2):
+            conv = nn.Sequential(*conv_relu(channels, channels, 3, dilation, bias=True))
+            self.add_module(f"layer6_{branch}", conv)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(N, C, H, W)`` to ``(N, 5C, H, W)``."""
+        pooled = self.layer6_0(x.mean(dim=(2, 3), keepdim=True)).expand_as(x)
+        branches = [self.get_submodule(f"layer6_{i}")(x) for i in range(1, 5)]
+        return torch.cat([pooled, *branches], dim=1)

@@ -1,0 +1,78 @@
+"""Train a few-shot segmenter on base classes, then test it on novel ones.
+
+    python train.py fold=2 shot=5 finetune=svf
+    python train.py -m fold=0,1,2,3 finetune=frozen,svf
+    python train.py resume=last
+"""
+
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from svf_lightning.errors import one_line_errors
+
+log = logging.getLogger("svf")
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+@one_line_errors
+def main(cfg: DictConfig) -> float:
+    """Build, fit, test, and write the run folder. Returns the test mIoU, for sweepers."""
+    # Imported here, so that `python train.py --help` need not wait for them.
+    import pytorch_lightning as pl
+    from pytorch_lightning.callbacks import ModelCheckpoint
+
+    from svf_lightning import runs
+    from svf_lightning.callbacks import EpisodePictures, EpisodeProgress, Finetune
+
+    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    runs.check(config, multirun=HydraConfig.get().mode is RunMode.MULTIRUN)
+    folder = Path(config["run_dir"])
+    resume = runs.resume_point(folder, config["resume"])
+    if resume is None:
+        runs.move_earlier_results(folder)
+    runs.write_config(folder, config)
+
+    pl.seed_everything(config["seed"], workers=True, verbose=False)
+    segmenter, data = runs.build(config)
+    checkpoints = ModelCheckpoint(
+        folder / "checkpoints",
+        filename="best",
+        monitor="val/miou" if config["selection"] == "novel" else None,
+        mode="max",
+        save_top_k=1 if config["selection"] == "novel" else 0,
+        save_last=True,
+        enable_version_counter=False,
+    )
+    pictures = EpisodePictures()
+    trainer = pl.Trainer(
+        **runs.trainer_arguments(config),
+        logger=runs.build_loggers(config),
+        callbacks=[Finetune(runs.build_strategy(config)), checkpoints, pictures, EpisodeProgress()],
+    )
+
+    started = time.monotonic()
+    trainer.fit(segmenter, datamodule=data, ckpt_path=resume, weights_only=True)
+    trained = time.monotonic()
+    if trainer.interrupted:
+        log.warning("stopped; `resume=last` goes on from the last whole epoch")
+        sys.exit(130)
+    if not config["test"]:
+        return float("nan")
+    chosen = checkpoints.best_model_path if config["selection"] == "novel" else None
+    trainer.test(segmenter, datamodule=data, ckpt_path=chosen or None, weights_only=True, verbose=False)
+    seconds = {"train": trained - started, "test": time.monotonic() - trained}
+    if trainer.is_global_zero:
+        runs.write_results(folder, config, segmenter, data, pictures.kept, seconds)
+    return float(trainer.callback_metrics["test/miou"])
+
+
+if __name__ == "__main__":
+    main()
