@@ -82,7 +82,7 @@ def _rename(state: dict[str, Tensor], wanted: dict[str, Tensor], path: Path) -> 
     kinds, wanted_kinds = ([key.rpartition(".")[2] for key in keys] for keys in (state, wanted))
     if kinds != wanted_kinds:
         raise ValueError(
-            f"{path} has {len(state)} tensors, starting with {next(iter(state))!r}, in another order than the "
-            f"{len(wanted)} of EfficientNet-Lite0; it holds the weights of another network"
+            f"{path} has {len(state)} tensors, starting with {next(iter(state))!r}, in another order than "
+            f"the {len(wanted)} of EfficientNet-Lite0; it holds the weights of another network"
         )
     return dict(zip(wanted, state.values(), strict=True))

@@ -27,7 +27,8 @@ def read_state_dict(path: str | Path, fetch: str) -> dict[str, Tensor]:
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(
-            f"no weight file at {path.absolute()}; fetch {fetch} and put it there, or point weights to your copy"
+            f"no weight file at {path.absolute()}; "
+            f"fetch {fetch} and put it there, or set weights to the path of your copy"
         )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -87,5 +88,5 @@ def download(fetch: Callable[[], dict[str, Tensor]], source: str) -> dict[str, T
         return fetch()
     except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash a RuntimeError
         raise FileNotFoundError(
-            f"cannot download {source} ({error}); fetch it elsewhere and give its path as weights"
+            f"cannot download {source} ({error}); fetch it elsewhere and set weights to its path"
         ) from error
