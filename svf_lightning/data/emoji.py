@@ -85,22 +85,24 @@ class Emoji:
 
         They are made in a folder of their own that is renamed to ``root`` when it is whole. So an
         interrupted start leaves no half set, and of several jobs that start at once each makes one and the
-        first to finish gives it its name.
+        first to finish gives it its name. (A job that is killed outright leaves ``<root>.partial-...``
+        behind, which may be deleted.)
 
         Raises:
-            ValueError: If ``root`` holds something else, or a set of other settings.
+            ValueError: If ``root`` holds something else or a set of other settings, or cannot be written.
         """
-        root = Path(self.root)
         if self._is_made():
             return
+        root = Path(self.root).absolute()
         partial_root = root.with_name(f"{root.name}.partial-{uuid4().hex[:8]}")
         try:
             self._make(partial_root)
-            try:
-                os.rename(partial_root, root)
-            except OSError:  # another job was first, or root cannot be written: the check tells which
-                if not self._is_made():
-                    raise
+            os.rename(partial_root, root)
+        except OSError as error:
+            if not self._is_made():  # else another job was first
+                raise ValueError(
+                    f"emoji images cannot be written to root={self.root} ({error}): name another root"
+                ) from error
         finally:
             shutil.rmtree(partial_root, ignore_errors=True)
 
@@ -143,7 +145,9 @@ class Emoji:
         try:
             found = json.loads(marker.read_text(encoding="utf-8"))
         except ValueError:
-            raise ValueError(f"{marker} is damaged: delete {root} and start again") from None
+            found = None
+        if not isinstance(found, dict):
+            raise ValueError(f"{marker} is damaged: delete {root} and start again")
         wanted = self._settings()
         if found != wanted:
             differences = ", ".join(

@@ -66,8 +66,8 @@ class Pascal:
             FileNotFoundError: Says what was looked for, where, and what to fetch.
         """
         root = Path(self.root)
-        wanted = [root / IMAGES, root / LABELS, root / self.train_list, root / self.val_list]
-        missing = [path.relative_to(root).as_posix() for path in wanted if not path.exists()]
+        wanted = (IMAGES, LABELS, self.train_list, self.val_list)
+        missing = [name for name in wanted if not (root / name).exists()]
         if not missing:
             return
         inside = [path for path in (root / "VOCdevkit/VOC2012", root / "VOC2012") if (path / IMAGES).is_dir()]
