@@ -1,0 +1,1 @@
+"""Fine-tune strategies: one file each, with one function ``prepare(backbone, **options) -> None``."""
