@@ -111,8 +111,6 @@ def letterbox(
 ) -> tuple[Tensor, Tensor]:
     """Image and label resized, aspect kept, into the top left of a square canvas; not normalised yet.
 
-    A binary mask that is 0 everywhere comes back as the padding mask: 0 on the picture, 255 outside.
-
     Args:
         image: Shape ``(3, H, W)`` in [0, 255].
         label: Shape ``(H, W)``.
@@ -125,7 +123,8 @@ def letterbox(
 
     Source:
         Validation transform ``Resize`` of PFENet, BAM, CyCTR and SVF. Their ``test_Resize`` is the same for
-        images longer than ``size``. CWT's ``Resize`` has the option that is ``pad`` here.
+        images longer than ``size``. CWT's ``Resize`` has the option that is ``pad`` here; the padding mask
+        that CyCTR adds is ``label == 255``.
     """
     rows, columns = letterbox_size(image.shape[-2], image.shape[-1], size)
     image, label = resize(image, label, rows, columns)
