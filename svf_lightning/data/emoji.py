@@ -269,8 +269,8 @@ def _background(rng: np.random.Generator, size: int) -> Image.Image:
     mixed = 0.5 + 0.5 * np.tanh(steepness * bent)[..., None]  # (H, W, 1)
     colours = rng.uniform(20, 235, (2, 3)).astype(np.float32)
     shading = rng.uniform(2, 14) * _noise(rng, (5, 10, 20, 40), size)[..., None]
-    grain = rng.uniform(0, 5) * rng.standard_normal((size, size, 3), dtype=np.float32)
-    canvas = colours[0] * (1 - mixed) + colours[1] * mixed + shading + grain
+    grain = rng.uniform(0, 5) * rng.standard_normal((size, size, 1), dtype=np.float32)
+    canvas = colours[0] + (colours[1] - colours[0]) * mixed + (shading + grain)  # (H, W, 3)
     return Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))
 
 
@@ -292,7 +292,7 @@ def _turn(drawing: Image.Image, rng: np.random.Generator) -> Image.Image:
     if rng.random() < 0.5:
         drawing = drawing.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     angle = rng.uniform(-LARGEST_TURN, LARGEST_TURN)
-    drawing = drawing.rotate(angle, Image.Resampling.BICUBIC, expand=True)
+    drawing = drawing.rotate(angle, Image.Resampling.BILINEAR, expand=True)
     return drawing.crop(drawing.getchannel("A").getbbox())
 
 

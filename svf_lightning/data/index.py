@@ -4,8 +4,8 @@ An index says which images there are and how many pixels of every class each one
 episode sampler needs to know, and counting takes a decode of every file, so it is done once and kept in a
 file beside the data.
 
-Pillow decodes. On a 500x375 JPEG it takes 2.2 ms and ``torchvision.io`` 1.6 ms, with equal pixels; but it
-reads every format alike, keeps palette indices, and says when a file is cut short.
+Pillow decodes. For a 500x375 JPEG it takes 1.5 times as long as ``torchvision.io`` (2.3 and 1.6 ms), with
+equal pixels; but it reads every format alike, keeps palette indices, and says when a file is cut short.
 """
 
 import hashlib
@@ -75,7 +75,7 @@ class Source(Protocol):
 
 
 def read_image(path: str | Path) -> Tensor:
-    """Read an image as RGB, whatever it is stored as.
+    """Read an image as RGB, whatever it is stored as. A transparency channel is dropped.
 
     Returns:
         Values 0..255, uint8, shape ``(3, H, W)``.
@@ -84,7 +84,8 @@ def read_image(path: str | Path) -> Tensor:
         FileNotFoundError: If there is no such file.
         ValueError: If it is no image, or cut short.
     """
-    return torch.from_numpy(np.ascontiguousarray(_decode_image(path).transpose(2, 0, 1)))
+    pixels = np.asarray(_open(path).convert("RGB"))  # (H, W, 3)
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
 def read_label(path: str | Path) -> Tensor:
@@ -197,10 +198,6 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _decode_image(path: str | Path) -> np.ndarray:
-    return np.asarray(_open(path).convert("RGB"))  # (H, W, 3) uint8
-
-
 def _decode_label(path: str | Path) -> np.ndarray:
     image = _open(path)
     if image.mode == "1":  # PNG optimisers store a label of nothing but 0 and 255 with one bit per pixel
@@ -231,9 +228,9 @@ def _count(classes: int, pair: tuple[str, str]) -> tuple[np.ndarray, list[Except
     """Pixels of each class in one label, shape ``(N + 1,)``, and what is wrong with the pair."""
     image_path, label_path = pair
     problems: list[Exception] = []
-    image = label = None
+    size = label = None
     try:
-        image = _decode_image(image_path)
+        size = _open(image_path).size
     except (FileNotFoundError, ValueError) as error:
         problems.append(error)
     try:
@@ -243,8 +240,8 @@ def _count(classes: int, pair: tuple[str, str]) -> tuple[np.ndarray, list[Except
     if label is None:
         return np.zeros(classes + 1, np.int64), problems
 
-    if image is not None and image.shape[:2] != label.shape:
-        (height, width), (label_height, label_width) = image.shape[:2], label.shape
+    if size is not None and size != label.shape[::-1]:
+        (width, height), (label_height, label_width) = size, label.shape
         problems.append(
             ValueError(
                 f"{label_path} is {label_width}x{label_height} but its image {Path(image_path).name} is "
