@@ -33,9 +33,9 @@ def read_state_dict(path: str | Path, fetch: str) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files make torch.load raise half a dozen unrelated types
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        # torch's own message is left out: it advises to load the file without weights_only
         raise ValueError(
-            f"{path} cannot be read as PyTorch weights ({reason}); fetch {fetch} again"
+            f"{path} is damaged or holds more than tensors ({type(error).__name__}); fetch {fetch} again"
         ) from error
     state = content.get("state_dict", content) if isinstance(content, Mapping) else content
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
