@@ -77,6 +77,7 @@ def test_letterbox_sides_are_cut_to_multiples_of_eight():
     assert letterbox_size(375, 500, 473) == (352, 472)
     assert letterbox_size(500, 333, 473) == (472, 312)
     assert letterbox_size(480, 640, 641) == (480, 640)
+    assert letterbox_size(372, 500, 473) == (344, 472)  # 351.9 is cut to 351 first, not rounded to 352
     assert letterbox_size(10, 500, 473) == (8, 472)  # never to nothing
 
 
