@@ -103,6 +103,7 @@ class SVFLayer(nn.Module):
         for name in _HOOKS:
             self.__dict__[name] = plain.__dict__[name]
         self.training = plain.training
+        self._described = repr(plain)
         self._kernel: tuple[Any, Tensor] | None = None
 
     @property
@@ -195,7 +196,7 @@ class SVFLayer(nn.Module):
 
     def extra_repr(self) -> str:
         """The layer it stands for and its rank."""
-        return f"{type(self._shell).__name__}({self._shell.extra_repr()}), rank={len(self.s)}"
+        return f"{self._described}, rank={len(self.s)}"
 
 
 _HOOKS = (
@@ -367,7 +368,8 @@ def apply_svf(module: nn.Module, layers: Sequence[str] | None = None) -> nn.Modu
 
     What the network computes does not change. Layers that are factored already are left alone, so a
     second call changes nothing. A layer that appears under several names is replaced under all of them
-    by one new layer. Nothing is frozen here; see :func:`prepare`.
+    by one new layer; two layers that share only their weight come apart. Nothing is frozen here; see
+    :func:`prepare`.
 
     Args:
         module: A network, or a single layer.
