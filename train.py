@@ -1,8 +1,8 @@
 """Train a few-shot segmenter on base classes, then test it on novel ones.
 
-    python train.py fold=2 shot=5 finetune=svf
-    python train.py -m fold=0,1,2,3 finetune=frozen,svf
-    python train.py resume=last
+python train.py fold=2 shot=5 finetune=svf
+python train.py -m fold=0,1,2,3 finetune=frozen,svf
+python train.py resume=last
 """
 
 import logging
@@ -21,8 +21,9 @@ from svf_lightning.errors import one_line_errors
 log = logging.getLogger("svf")
 
 
+@one_line_errors  # for Hydra's errors
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
-@one_line_errors
+@one_line_errors  # for ours, before Hydra adds lines of its own
 def main(cfg: DictConfig) -> float:
     """Build, fit, test, and write the run folder. Returns the test mIoU, for sweepers."""
     # Imported here, so that `python train.py --help` need not wait for them.

@@ -1,10 +1,8 @@
 """What happens around training, one small thing a callback."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ProgressBar
 from torch import Tensor, nn
@@ -106,7 +104,9 @@ class EpisodeProgress(ProgressBar):
         if not trainer.sanity_checking:
             self.start("validate", len(trainer.val_dataloaders.dataset))
 
-    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any) -> None:
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
         self.advance(batch)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -115,7 +115,9 @@ class EpisodeProgress(ProgressBar):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.start("test", len(trainer.test_dataloaders.dataset))
 
-    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any) -> None:
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
         self.advance(batch)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

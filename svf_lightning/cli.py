@@ -22,14 +22,17 @@ def svf() -> None:
 
 @app.command()
 @one_line_errors
-def report(runs: Annotated[Path, typer.Argument(help="The folder that holds the runs.")] = Path("runs")) -> None:
+def report(
+    runs: Annotated[Path, typer.Argument(help="The folder that holds the runs.")] = Path("runs"),
+) -> None:
     """Print the novel-class mIoU of finished runs: folds x fine-tuning strategies, with the mean."""
     from rich.console import Console
 
     from svf_lightning.analysis import tables
 
-    for table in tables.report(tables.read_results(runs)):
-        Console().print(table)
+    console = Console()
+    for title, table in tables.report(tables.read_results(runs)):
+        console.print(title, table, sep="\n", highlight=False)
 
 
 def main() -> None:

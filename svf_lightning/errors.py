@@ -1,7 +1,6 @@
 """What the user did wrong ends in one line; what we did wrong ends in a traceback."""
 
 import functools
-import logging
 import os
 import sys
 from collections.abc import Callable
@@ -12,21 +11,34 @@ R = TypeVar("R")
 
 
 def one_line_errors(function: Callable[P, R]) -> Callable[P, R]:
-    """End the program with one line and status 1 where ``function`` raises ValueError or OSError.
+    """End the program with one line and status 1 where ``function`` fails through its input.
 
-    These are what the package raises at its borders: configuration values, files, shapes.
-    ``HYDRA_FULL_ERROR=1`` shows the whole traceback instead.
+    That is ValueError and OSError, which the package raises at its borders (configuration values,
+    files, shapes), and what Hydra raises about overrides. ``SVF_TRACEBACK=1`` shows the whole
+    traceback instead.
     """
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # or Hydra prints and exits before we can
         try:
             return function(*args, **kwargs)
-        except (ValueError, OSError) as error:
-            if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        except Exception as error:
+            message = _of_configuration(error)
+            if message is None and isinstance(error, (ValueError, OSError)):
+                message = str(error)
+            if message is None or os.environ.get("SVF_TRACEBACK") == "1":
                 raise
-            logging.getLogger("svf").debug("", exc_info=True)
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {message}", file=sys.stderr)
             sys.exit(1)
 
     return wrapped
+
+
+def _of_configuration(error: Exception) -> str | None:
+    """Hydra's message about a wrong override, in one line and with a remedy; None for other errors."""
+    if type(error).__module__.split(".")[0] not in ("hydra", "omegaconf"):
+        return None
+    lines = [line.strip() for line in str(error).split("Config search path")[0].splitlines()]
+    text = " ".join(line for line in lines if line and not line.startswith(("full_key", "object_type")))
+    return f"{text} (`--cfg job` prints every key and value, `--help` every choice)"

@@ -29,7 +29,9 @@ def intersection_and_union(prediction: Tensor, target: Tensor) -> tuple[Tensor, 
         (tensor([1, 1]), tensor([2, 2]))
     """
     counted = target != IGNORE
-    confusion = torch.bincount(2 * target[counted].long() + prediction[counted].long(), minlength=4).view(2, 2)
+    confusion = torch.bincount(2 * target[counted].long() + prediction[counted].long(), minlength=4).view(
+        2, 2
+    )
     intersection = confusion.diagonal()
     return intersection, confusion.sum(dim=0) + confusion.sum(dim=1) - intersection
 

@@ -46,21 +46,29 @@ class Progress:
         self.done += items
         self.note = note or self.note
         if self.bar is not None:
-            self.bar.update(self.task, completed=self.done, note=f"{self.speed:.1f} {self.unit}/s  {self.note}")
+            self.bar.update(
+                self.task, completed=self.done, note=f"{self.speed:.1f} {self.unit}/s  {self.note}"
+            )
         elif time.monotonic() - self.last_line >= PLAIN_LINE_EVERY:
             self.last_line = time.monotonic()
             left = f", {(self.total - self.done) / self.speed:.0f} s left" if self.total else ""
-            self.say(f"{self.done}{f' of {self.total}' if self.total else ''} {self.unit}, {self.speed:.1f}/s{left}")
+            self.say(
+                f"{self.done}{f' of {self.total}' if self.total else ''} {self.unit}, {self.speed:.1f}/s{left}"
+            )
 
     def say(self, state: str) -> None:
-        self.console.print(f"{self.text}: {state}{f', {self.note}' if self.note else ''}", highlight=False, soft_wrap=True)
+        self.console.print(
+            f"{self.text}: {state}{f', {self.note}' if self.note else ''}", highlight=False, soft_wrap=True
+        )
 
     def close(self) -> None:
         """Leave the last state in view."""
         if self.bar is not None:
             self.bar.stop()
         else:
-            self.say(f"{self.done} {self.unit} in {time.monotonic() - self.started:.1f} s, {self.speed:.1f}/s")
+            self.say(
+                f"{self.done} {self.unit} in {time.monotonic() - self.started:.1f} s, {self.speed:.1f}/s"
+            )
 
     def __enter__(self) -> "Progress":
         return self

@@ -74,8 +74,11 @@ def resume_point(folder: Path, resume: str | None) -> Path | None:
 
 def move_earlier_results(folder: Path) -> None:
     """Put what an earlier run of the same name left into ``earlier/<n>/``, so that nothing is lost."""
-    old = [p for name in ("checkpoints", "csv", "tensorboard", "metrics.json", "episodes.png", "config.yaml")
-           if (p := folder / name).exists()]
+    old = [
+        p
+        for name in ("checkpoints", "csv", "tensorboard", "metrics.json", "episodes.png", "config.yaml")
+        if (p := folder / name).exists()
+    ]
     if not (folder / "checkpoints").exists():
         return
     number = 1 + sum(1 for _ in (folder / "earlier").glob("*"))
@@ -148,7 +151,9 @@ def load_run(folder: str | Path) -> tuple[Config, FewShotSegmenter]:
     """
     folder = Path(folder)
     if not (folder / "config.yaml").is_file():
-        raise FileNotFoundError(f"{folder} is not a run folder: it has no config.yaml; name one that train.py made")
+        raise FileNotFoundError(
+            f"{folder} is not a run folder: it has no config.yaml; name one that train.py made"
+        )
     config = yaml.safe_load((folder / "config.yaml").read_text())
     checkpoint_path = tested_checkpoint(folder)
     config["backbone"]["weights"] = None  # the checkpoint has them
@@ -204,7 +209,11 @@ def surroundings() -> dict[str, Any]:
         return done.stdout.strip() if done.returncode == 0 else None
 
     packages = ("svf-lightning", "torch", "torchvision", "pytorch-lightning", "timm", "numpy", "pillow")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor() or platform.machine()
+    )
     return {
         "command": " ".join(sys.argv),
         "commit": git("rev-parse", "HEAD"),
@@ -261,7 +270,9 @@ def write_results(
     write_whole(folder / "metrics.json", json.dumps(result, indent=2) + "\n")
     backbone = segmenter.model.backbone
     figures.episode_grid(kept, data.source.class_names, backbone.mean, backbone.std, folder / "episodes.png")
-    tables.print_scores(result, f"fold {config['fold']}, {config['shot']} shot, {result['test_episodes']} episodes")
+    tables.print_scores(
+        result, f"fold {config['fold']}, {config['shot']} shot, {result['test_episodes']} episodes"
+    )
     log.info("wrote %s, with pictures in episodes.png", folder / "metrics.json")
 
 
@@ -313,9 +324,13 @@ def evaluate(
     }
     write_whole(folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
     for row in rows:
-        tables.print_scores(row, f"seed {row['seed']}, {result['shot']} shot, {result['test_episodes']} episodes")
+        tables.print_scores(
+            row, f"seed {row['seed']}, {result['shot']} shot, {result['test_episodes']} episodes"
+        )
     if len(rows) > 1:
-        print(f"mIoU over {len(rows)} seeds: {100 * result['miou_mean']:.2f} ± {100 * result['miou_std']:.2f}")
+        print(
+            f"mIoU over {len(rows)} seeds: {100 * result['miou_mean']:.2f} ± {100 * result['miou_std']:.2f}"
+        )
     return float(result["miou_mean"])
 
 

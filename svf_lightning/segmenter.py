@@ -95,7 +95,9 @@ class FewShotSegmenter(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Episode, batch_idx: int) -> None:
         # A global stream would run on differently after a resume, or with another validation.
-        torch.manual_seed((self.seed * 1_000_003 + self.global_step) * self.trainer.world_size + self.global_rank)
+        torch.manual_seed(
+            (self.seed * 1_000_003 + self.global_step) * self.trainer.world_size + self.global_rank
+        )
 
     def training_step(self, episode: Episode, batch_idx: int) -> Tensor:
         loss = self.loss(self(episode), episode)
@@ -132,7 +134,9 @@ class FewShotSegmenter(pl.LightningModule):
         iou.reset()
 
     def configure_optimizers(self) -> dict[str, Any]:
-        head = [p for n, p in self.model.named_parameters() if not n.startswith("backbone.") and p.requires_grad]
+        head = [
+            p for n, p in self.model.named_parameters() if not n.startswith("backbone.") and p.requires_grad
+        ]
         backbone = [p for p in self.model.backbone.parameters() if p.requires_grad]
         groups = [{"params": head, "lr": self.lr}]
         if backbone:
@@ -143,7 +147,9 @@ class FewShotSegmenter(pl.LightningModule):
             optimizer = torch.optim.AdamW(groups, weight_decay=self.weight_decay)
 
         self.trainer.estimated_stepping_batches  # noqa: B018  (makes the trainer count its batches)
-        steps = self.epochs * math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+        steps = self.epochs * math.ceil(
+            self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+        )
 
         def factor(step: int) -> float:
             if self.schedule == "cosine":

@@ -31,12 +31,19 @@ FLOORS = {
     "cli": 5,
 }
 # What may be imported on one's own floor.
-SIBLINGS = {"data": ("data",), "backbones": ("backbones",), "finetune": ("finetune",), "analysis": ("analysis",)}
+SIBLINGS = {
+    "data": ("data",),
+    "backbones": ("backbones",),
+    "finetune": ("finetune",),
+    "analysis": ("analysis",),
+}
 
 
 def floor(module: str) -> float:
     path = module.replace(".", "/")
-    return next(height for prefix, height in FLOORS.items() if path == prefix or path.startswith(prefix + "/"))
+    return next(
+        height for prefix, height in FLOORS.items() if path == prefix or path.startswith(prefix + "/")
+    )
 
 
 def imports(path: Path):
@@ -58,7 +65,9 @@ def test_no_import_points_to_a_higher_floor(name):
     for target in imports(ROOT / f"{name}.py"):
         target = target.replace(".", "/").removesuffix("/__init__")
         same_room = target.split("/")[0] == room and room in SIBLINGS
-        assert floor(target) < floor(name) or (same_room and floor(target) <= floor(name)), f"{name} imports {target}"
+        assert floor(target) < floor(name) or (same_room and floor(target) <= floor(name)), (
+            f"{name} imports {target}"
+        )
 
 
 @pytest.mark.parametrize("name", FILES)

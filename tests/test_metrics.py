@@ -31,7 +31,9 @@ def score(episodes, classes=range(1, 6)):
 
 def test_intersection_and_union_of_each_episode_are_pfenets(episodes):
     case, _ = cases.load("metrics/pfenet")
-    for prediction, target, expected in zip(*episodes, case["per_episode_intersection_union_target"], strict=True):
+    for prediction, target, expected in zip(
+        *episodes, case["per_episode_intersection_union_target"], strict=True
+    ):
         intersection, union = intersection_and_union(prediction, target)
         assert intersection.tolist() == expected[0]
         assert union.tolist() == expected[1]

@@ -14,7 +14,9 @@ TRUTH_COLOUR = (0, 220, 90)
 PREDICTION_COLOUR = (255, 40, 110)
 
 
-def overlay(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int], strength: float = 0.55) -> np.ndarray:
+def overlay(
+    image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int], strength: float = 0.55
+) -> np.ndarray:
     """Tint the foreground of a picture; ignored pixels turn grey.
 
     Args:
@@ -54,11 +56,20 @@ def episode_grid(
     import matplotlib.pyplot as plt
 
     shots = kept[0][0].support_images.shape[0]
-    titles = [*(f"support {k + 1}" if shots > 1 else "support" for k in range(shots)), "query", "truth", "prediction"]
+    titles = [
+        *(f"support {k + 1}" if shots > 1 else "support" for k in range(shots)),
+        "query",
+        "truth",
+        "prediction",
+    ]
     columns = len(titles)
     size = 1.7
     fig, axes = plt.subplots(
-        len(kept), columns, figsize=(size * columns, (size + 0.22) * len(kept)), squeeze=False, layout="constrained"
+        len(kept),
+        columns,
+        figsize=(size * columns, (size + 0.22) * len(kept)),
+        squeeze=False,
+        layout="constrained",
     )
     for row, (episode, truth, prediction) in zip(axes, kept, strict=True):
         height, width = truth.shape

@@ -16,7 +16,7 @@ def print_scores(result: Mapping[str, Any], title: str) -> None:
         result: With ``class_iou`` (name to IoU), ``miou`` and ``fb_iou``, all in [0, 1].
         title: Stands above the table.
     """
-    table = Table(title=title, title_justify="left")
+    table = Table()
     table.add_column("novel class")
     table.add_column("IoU %", justify="right")
     for name, iou in result["class_iou"].items():
@@ -24,7 +24,9 @@ def print_scores(result: Mapping[str, Any], title: str) -> None:
     table.add_section()
     table.add_row("mIoU", f"[bold]{100 * result['miou']:.2f}")
     table.add_row("FB-IoU", f"{100 * result['fb_iou']:.2f}")
-    Console().print(table)
+    console = Console()
+    console.print(title, highlight=False)
+    console.print(table)
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
@@ -40,16 +42,18 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     for path in sorted([*folder.glob("metrics.json"), *folder.glob("*/metrics.json")]):
         try:
             result = json.loads(path.read_text())
-            result["config"]["finetune"]["_target_"], result["miou"]  # noqa: B018
+            result["config"]["finetune"]["_target_"], result["miou"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a whole metrics.json ({error}); delete it or run that job again") from None
+            raise ValueError(
+                f"{path} is not a whole metrics.json ({error}); delete it or run that job again"
+            ) from None
         results.append({**result, "run": path.parent.name})
     if not results:
         raise FileNotFoundError(f"no metrics.json below {folder}; a run writes it after its test")
     return results
 
 
-def report(results: list[dict[str, Any]]) -> list[Table]:
+def report(results: list[dict[str, Any]]) -> list[tuple[str, Table]]:
     """Lay out folds x strategies, one table per data set, method, backbone and number of shots.
 
     Where several seeds of a cell were run, the cell is their mean; a missing fold leaves its cell and
@@ -64,7 +68,7 @@ def report(results: list[dict[str, Any]]) -> list[Table]:
     tables = []
     for key, rows in sorted(groups.items()):
         folds = sorted({fold for cells in rows.values() for fold in cells})
-        table = Table(title=", ".join(key) + ": novel-class mIoU %", title_justify="left")
+        table = Table()
         table.add_column("fine-tuning")
         for fold in folds:
             table.add_column(f"fold {fold}", justify="right")
@@ -74,5 +78,5 @@ def report(results: list[dict[str, Any]]) -> list[Table]:
             known = [m for m in means if m is not None]
             mean = f"{100 * sum(known) / len(known):.2f}" if len(known) == len(folds) else ""
             table.add_row(strategy, *("" if m is None else f"{100 * m:.2f}" for m in means), mean)
-        tables.append(table)
+        tables.append((", ".join(key) + ": novel-class mIoU %", table))
     return tables

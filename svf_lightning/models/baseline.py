@@ -21,7 +21,7 @@ any aspect ratio, and ``channels`` widens or narrows the head (256 in the paper)
 """
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from svf_lightning.backbones.backbone import Backbone
 from svf_lightning.episode import Episode, Prediction
