@@ -26,7 +26,7 @@ class Finetune(Callback):
         self.prepare = prepare
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.prepare(pl_module.model.backbone)
+        self.prepare(pl_module.model.backbone)  # type: ignore[union-attr, arg-type]
 
 
 class EpisodePictures(Callback):
@@ -55,9 +55,9 @@ class EpisodePictures(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         episodes, labels = batch
-        for i, (label, mask) in enumerate(zip(labels, outputs, strict=True)):
+        for i, (label, mask) in enumerate(zip(labels, outputs["masks"], strict=True)):
             if len(self.kept) < self.count:
-                episode = Episode(*(None if field is None else field[i].cpu() for field in episodes))
+                episode = Episode(*(None if field is None else field[i].cpu() for field in episodes))  # type: ignore[arg-type]
                 self.kept.append((episode, label.cpu(), mask.cpu()))
 
 
@@ -88,7 +88,8 @@ class EpisodeProgress(ProgressBar):
             self.bar = None
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        episodes = self.total_train_batches * trainer.train_dataloader.batch_size
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        episodes = self.total_train_batches * data.batch_size
         self.start(f"train, epoch {trainer.current_epoch + 1} of {trainer.max_epochs}", episodes)
 
     def on_train_batch_end(
@@ -102,7 +103,9 @@ class EpisodeProgress(ProgressBar):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.stop()
         if not trainer.sanity_checking:
-            self.start("validate", len(trainer.val_dataloaders.dataset))
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            total = self.total_val_batches_current_dataloader * data.test_batch_size
+            self.start("validate", min(total, data.val_episodes))
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
@@ -113,7 +116,9 @@ class EpisodeProgress(ProgressBar):
         self.stop()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.start("test", len(trainer.test_dataloaders.dataset))
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        total = self.total_test_batches_current_dataloader * data.test_batch_size
+        self.start("test", min(total, data.test_episodes))
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any

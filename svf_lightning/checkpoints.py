@@ -1,6 +1,7 @@
 """Official checkpoints in, our models out."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -45,7 +46,8 @@ def from_official(
     """
     if method not in _METHODS:
         raise ValueError(f"method must be one of {', '.join(_METHODS)}; got {method!r}")
-    state = {k.removeprefix("module."): v for k, v in state_dict.get("state_dict", state_dict).items()}  # type: ignore[attr-defined]
+    content: Any = state_dict.get("state_dict", state_dict)
+    state = {key.removeprefix("module."): value for key, value in content.items()}
     return _METHODS[method](state, backbone, shot).eval()
 
 

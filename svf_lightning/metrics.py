@@ -61,6 +61,9 @@ class FewShotIoU(Metric):
         super().__init__()
         self.classes = tuple(classes)
         shape = (len(self.classes), 2)
+        self.intersection: Tensor
+        self.union: Tensor
+        self.episodes: Tensor
         self.add_state("intersection", torch.zeros(shape, dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("union", torch.zeros(shape, dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("episodes", torch.zeros(shape[0], dtype=torch.long), dist_reduce_fx="sum")
@@ -91,7 +94,7 @@ class FewShotIoU(Metric):
         return self.intersection[:, 1].double() / self.union[:, 1].clamp_min(1)
 
     def compute(self) -> dict[str, Tensor]:
-        """Return the scalars ``miou`` and ``fb_iou``, and ``class_iou`` ``(len(classes),)``, all in [0, 1]."""
+        """Return ``miou`` and ``fb_iou``, scalars, and ``class_iou`` ``(len(classes),)``, all in [0, 1]."""
         both = self.intersection.sum(dim=0).double() / self.union.sum(dim=0).clamp_min(1)
         class_iou = self.class_iou()
         return {"miou": class_iou.mean(), "fb_iou": both.mean(), "class_iou": class_iou}

@@ -52,9 +52,8 @@ class Progress:
         elif time.monotonic() - self.last_line >= PLAIN_LINE_EVERY:
             self.last_line = time.monotonic()
             left = f", {(self.total - self.done) / self.speed:.0f} s left" if self.total else ""
-            self.say(
-                f"{self.done}{f' of {self.total}' if self.total else ''} {self.unit}, {self.speed:.1f}/s{left}"
-            )
+            of = f" of {self.total}" if self.total else ""
+            self.say(f"{self.done}{of} {self.unit}, {self.speed:.1f}/s{left}")
 
     def say(self, state: str) -> None:
         self.console.print(

@@ -191,7 +191,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def count_trainable(model: nn.Module) -> dict[str, int]:
     """How many numbers train in the backbone and in the head, and how many there are in all."""
-    backbone = {id(p) for p in model.backbone.parameters()}
+    backbone = {id(p) for p in model.get_submodule("backbone").parameters()}
     trainable = [p for p in model.parameters() if p.requires_grad]
     return {
         "backbone": sum(p.numel() for p in trainable if id(p) in backbone),
@@ -259,7 +259,7 @@ def write_results(
 
     result = {
         **scores(segmenter.trainer.callback_metrics, data),
-        "test_episodes": len(data.test_dataloader().dataset),
+        "test_episodes": data.test_episodes,
         "trainable": count_trainable(segmenter.model),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "identity": identity(config),

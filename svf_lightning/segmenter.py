@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytorch_lightning as pl
 import torch
@@ -12,6 +12,8 @@ from svf_lightning import losses
 from svf_lightning.episode import Episode, Prediction
 from svf_lightning.metrics import FewShotIoU
 from svf_lightning.models.blocks import resize
+
+EvaluationBatch: TypeAlias = tuple[Episode, list[Tensor]]  # with the masks at original resolution
 
 
 def predict_masks(logits: Tensor, sizes: Iterable[tuple[int, int]]) -> list[Tensor]:
@@ -78,7 +80,7 @@ class FewShotSegmenter(pl.LightningModule):
             raise ValueError(f"optimizer must be 'sgd' or 'adamw', got {optimizer!r}")
         if schedule not in ("cosine", "poly", "constant"):
             raise ValueError(f"schedule must be 'cosine', 'poly' or 'constant', got {schedule!r}")
-        self.model = model
+        self.model: Any = model  # Any: torch types every attribute of a Module as Tensor | Module
         self.loss = loss
         self.optimizer, self.lr, self.backbone_lr_factor = optimizer, lr, backbone_lr_factor
         self.momentum, self.weight_decay = momentum, weight_decay
@@ -104,18 +106,18 @@ class FewShotSegmenter(pl.LightningModule):
         self.log("train/loss", loss, batch_size=len(episode.query_image))
         return loss
 
-    def evaluation_step(self, batch: tuple[Episode, list[Tensor]], iou: FewShotIoU) -> list[Tensor]:
-        """Score a batch at original resolution; return the predicted masks."""
+    def evaluation_step(self, batch: EvaluationBatch, iou: FewShotIoU) -> dict[str, list[Tensor]]:
+        """Score a batch at original resolution; return the predicted masks, for callbacks."""
         episode, labels = batch
-        masks = predict_masks(self(episode).logits, [tuple(label.shape) for label in labels])
+        masks = predict_masks(self(episode).logits, [(label.shape[0], label.shape[1]) for label in labels])
         for mask, label, class_id in zip(masks, labels, episode.class_id.tolist(), strict=True):
             iou.update(mask, label, class_id)
-        return masks
+        return {"masks": masks}
 
-    def validation_step(self, batch: tuple[Episode, list[Tensor]], batch_idx: int) -> list[Tensor]:
+    def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> dict[str, list[Tensor]]:
         return self.evaluation_step(batch, self.validation_iou)
 
-    def test_step(self, batch: tuple[Episode, list[Tensor]], batch_idx: int) -> list[Tensor]:
+    def test_step(self, batch: EvaluationBatch, batch_idx: int) -> dict[str, list[Tensor]]:
         return self.evaluation_step(batch, self.test_iou)
 
     def on_validation_epoch_end(self) -> None:
@@ -133,7 +135,7 @@ class FewShotSegmenter(pl.LightningModule):
             self.log(f"{stage}/class_{class_id}", class_iou)
         iou.reset()
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         head = [
             p for n, p in self.model.named_parameters() if not n.startswith("backbone.") and p.requires_grad
         ]
@@ -141,6 +143,7 @@ class FewShotSegmenter(pl.LightningModule):
         groups = [{"params": head, "lr": self.lr}]
         if backbone:
             groups.append({"params": backbone, "lr": self.lr * self.backbone_lr_factor})
+        optimizer: torch.optim.Optimizer
         if self.optimizer == "sgd":
             optimizer = torch.optim.SGD(groups, momentum=self.momentum, weight_decay=self.weight_decay)
         else:

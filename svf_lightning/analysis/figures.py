@@ -27,7 +27,7 @@ def overlay(
     """
     out = image.astype(np.float32)
     for value, tint in ((FOREGROUND, colour), (IGNORE, (128, 128, 128))):
-        out[mask == value] = (1 - strength) * out[mask == value] + strength * np.float32(tint)
+        out[mask == value] = (1 - strength) * out[mask == value] + strength * np.asarray(tint, np.float32)
     return out.round().astype(np.uint8)
 
 

@@ -62,11 +62,11 @@ def report(results: list[dict[str, Any]]) -> list[tuple[str, Table]]:
     groups: dict[tuple[str, ...], dict[str, dict[int, list[float]]]] = {}
     for result in results:
         identity = result["identity"]
-        key = (identity["data"], identity["model"], identity["backbone"], f"{identity['shot']} shot")
+        key: tuple[str, ...] = (identity["data"], identity["model"], identity["backbone"], f"{identity['shot']} shot")
         cells = groups.setdefault(key, {}).setdefault(identity["finetune"], {})
         cells.setdefault(identity["fold"], []).append(result["miou"])
     tables = []
-    for key, rows in sorted(groups.items()):
+    for title, rows in sorted(groups.items()):
         folds = sorted({fold for cells in rows.values() for fold in cells})
         table = Table()
         table.add_column("fine-tuning")
@@ -78,5 +78,5 @@ def report(results: list[dict[str, Any]]) -> list[tuple[str, Table]]:
             known = [m for m in means if m is not None]
             mean = f"{100 * sum(known) / len(known):.2f}" if len(known) == len(folds) else ""
             table.add_row(strategy, *("" if m is None else f"{100 * m:.2f}" for m in means), mean)
-        tables.append((", ".join(key) + ": novel-class mIoU %", table))
+        tables.append((", ".join(title) + ": novel-class mIoU %", table))
     return tables

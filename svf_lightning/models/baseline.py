@@ -20,6 +20,8 @@ Unlike the official code, query and supports pass the backbone in one batch, fea
 any aspect ratio, and ``channels`` widens or narrows the head (256 in the paper).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -39,6 +41,8 @@ class Baseline(nn.Module):
         shot_reduction: How priors and prototypes of the shots combine, "sum" (official) or "mean".
         train_down_query: Whether the projection of the query features learns (officially not).
         dropout: Share of channels dropped after the two projections while training.
+        prior_stages: Stages whose features give a prior mask each, of 2, 3 and 4. Officially stage 4
+            alone; where that is a poor matcher, as in EfficientNet-Lite0, all three do far better.
         grid: The stage whose resolution the head works at. A dilated ResNet has one resolution from
             stage 2 on; elsewhere "layer3" is the official choice, and "layer2" sees finer.
 
@@ -59,23 +63,27 @@ class Baseline(nn.Module):
         train_down_query: bool = False,
         dropout: float = 0.5,
         grid: str = "layer3",
+        prior_stages: Sequence[int] = (4,),
     ) -> None:
         super().__init__()
         if shot_reduction not in ("sum", "mean"):
             raise ValueError(f"shot_reduction must be 'sum' or 'mean', got {shot_reduction!r}")
         if grid not in ("layer2", "layer3"):
             raise ValueError(f"grid must be 'layer2' or 'layer3', got {grid!r}")
+        if not prior_stages or not set(prior_stages) <= {2, 3, 4}:
+            raise ValueError(f"prior_stages must be some of 2, 3 and 4, got {list(prior_stages)}")
         if shot < 1:
             raise ValueError(f"shot must be 1 or more, got {shot}")
         self.backbone = backbone
         self.shot = shot
         self.shot_reduction = shot_reduction
         self.grid = grid
+        self.prior_stages = tuple(prior_stages)
 
         middle = backbone.channels[3] + backbone.channels[2]
         self.down_query = nn.Sequential(*conv_relu(middle, channels), nn.Dropout2d(dropout))
         self.down_supp = nn.Sequential(*conv_relu(middle, channels), nn.Dropout2d(dropout))
-        self.init_merge = nn.Sequential(*conv_relu(2 * channels + 1, channels))
+        self.init_merge = nn.Sequential(*conv_relu(2 * channels + len(prior_stages), channels))
         self.ASPP_meta = ASPP(channels)
         self.res1_meta = nn.Sequential(*conv_relu(5 * channels, channels))
         self.res2_meta = nn.Sequential(*conv_relu(channels, channels, 3), *conv_relu(channels, channels, 3))
@@ -114,16 +122,19 @@ class Baseline(nn.Module):
         query = self.down_query(middle[:batch])  # (B, C, h, w)
         support = self.down_supp(middle[batch:])  # (BK, C, h, w)
 
-        # One prototype and one prior mask per support.
+        # One prototype and one prior mask (per stage that gives one) per support.
         small = resize(masks[:, None], size)[:, 0]  # soft at the borders
         prototypes = masked_average_pool(support, small).unflatten(0, (batch, shots))  # (B, K, C)
-        masked = f4[batch:] * resize(masks[:, None], f4.shape[-2:])
-        priors = prior_mask(f4[:batch].repeat_interleave(shots, dim=0), masked)
-        priors = resize(priors, size).unflatten(0, (batch, shots))  # (B, K, 1, h, w)
+        priors = []
+        for stage in self.prior_stages:
+            feature = (f2, f3, f4)[stage - 2]
+            masked = feature[batch:] * resize(masks[:, None], feature.shape[-2:])
+            priors.append(resize(prior_mask(feature[:batch].repeat_interleave(shots, dim=0), masked), size))
+        prior = torch.cat(priors, dim=1).unflatten(0, (batch, shots))  # (B, K, stages, h, w)
 
         reduce = torch.sum if self.shot_reduction == "sum" else torch.mean
         prototype = reduce(prototypes, dim=1)[:, :, None, None].expand_as(query)
-        x = self.init_merge(torch.cat([query, prototype, reduce(priors, dim=1)], dim=1))
+        x = self.init_merge(torch.cat([query, prototype, reduce(prior, dim=1)], dim=1))
 
         x = self.res1_meta(self.ASPP_meta(x))
         x = self.res2_meta(x) + x
