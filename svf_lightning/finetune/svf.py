@@ -52,6 +52,7 @@ class SVFLayer(nn.Module):
             is enforced afterwards. Full rank is ``groups * min(O / groups, I / groups * kernel positions)``.
         u: Left singular vectors, shape ``(O, R / groups)``.
         vh: Right singular vectors, shape ``(R, I / groups * kernel positions)``.
+        a: None, or logarithms of a factor on ``s``, shape ``(R,)``; :func:`prepare` puts them there.
         bias: The layer's own bias or None; shared with the original layer, not copied.
 
     Args:
@@ -68,6 +69,7 @@ class SVFLayer(nn.Module):
     s: Tensor
     u: Tensor
     vh: Tensor
+    a: Tensor | None
     bias: Tensor | None
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -88,6 +90,7 @@ class SVFLayer(nn.Module):
         # machine could pair s with other factors.
         self.register_buffer("u", u)  # (O, R / groups)
         self.register_buffer("vh", vh)  # (R, I / groups * kernel)
+        self.register_parameter("a", None)
         self.register_parameter("bias", plain.bias)  # type: ignore[arg-type]
 
         # What neighbours may ask of the layer, under the names that torch gives it.
@@ -107,35 +110,41 @@ class SVFLayer(nn.Module):
         self._kernel: tuple[Any, Tensor] | None = None
 
     @property
+    def values(self) -> Tensor:
+        """What stands between ``u`` and ``vh`` now, shape ``(R,)``: ``s``, or ``s * exp(a)``."""
+        return self.s if self.a is None else self.s * self.a.exp()
+
+    @property
     def weight(self) -> Tensor:
         """The kernel as it stands now, in the shape of the original's; gradients reach ``s`` through it."""
-        return _rebuild(self.u, self.s, self.vh, self.groups).view(self.kernel_shape)
+        return _rebuild(self.u, self.values, self.vh, self.groups).view(self.kernel_shape)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to ``(B, I, ...)``, or ``(..., I)`` if it is linear."""
+        values = self.values
         factored = torch.is_grad_enabled() and (
-            self.s.requires_grad or self.u.requires_grad or self.vh.requires_grad
+            values.requires_grad or self.u.requires_grad or self.vh.requires_grad
         )
         if len(self.kernel_shape) == 2:
             if not factored:
                 return F.linear(x, self._plain_kernel(), self.bias)
-            # Autograd alone does it well here: u and vh are constants, so it forms no kernel gradient.
-            return F.linear(F.linear(x, self.vh) * self.s, self.u, self.bias)
+            # Autograd alone does it well here: where u and vh are constants it forms no kernel gradient.
+            return F.linear(F.linear(x, self.vh) * values, self.u, self.bias)
         if not factored:
             x, padding = self._pad(x)
             return _convolve(
                 x, self._plain_kernel(), self.bias, (self.stride, padding, self.dilation, self.groups)
             )
-        return self._factored_convolution(x)
+        return self._factored_convolution(x, values)
 
-    def _factored_convolution(self, x: Tensor) -> Tensor:
+    def _factored_convolution(self, x: Tensor, values: Tensor) -> Tensor:
         unbatched = x.dim() < len(self.kernel_shape)
         x, padding = self._pad(x[None] if unbatched else x)
         geometry = (self.stride, padding, self.dilation, self.groups)
         v = self.vh.view(-1, *self.kernel_shape[1:])
         if self.u.requires_grad or self.vh.requires_grad:
             ones = (1,) * (x.dim() - 2)
-            z = _convolve(x, v, None, geometry) * self.s.view(-1, *ones)
+            z = _convolve(x, v, None, geometry) * values.view(-1, *ones)
             y = _convolve(z, self.u.view(*self.u.shape, *ones), self.bias, (1, 0, 1, self.groups))
         else:
             # A custom function is opaque to autocast, so its input is cast here, as autocast would.
@@ -143,7 +152,7 @@ class SVFLayer(nn.Module):
             if torch.is_autocast_enabled(device) and x.dtype != torch.float64 and dtype != torch.float64:
                 dtype = torch.get_autocast_dtype(device)
                 x = x.to(dtype)
-            y, _ = _FactoredConvolution.apply(x, self.s, self.u, v, self.bias, geometry, dtype)
+            y, _ = _FactoredConvolution.apply(x, values, self.u, v, self.bias, geometry, dtype)
         return y[0] if unbatched else y
 
     def _pad(self, x: Tensor) -> tuple[Tensor, Any]:
@@ -168,7 +177,7 @@ class SVFLayer(nn.Module):
         """The kernel for evaluation, without gradient, rebuilt only if a factor has changed since."""
         if torch.compiler.is_compiling():  # a compiled graph cannot ask for versions; it fuses the product
             return self.weight.detach()
-        factors = (self.u, self.s, self.vh)
+        factors = [t for t in (self.u, self.s, self.vh, self.a) if t is not None]
         tracked = not any(t.is_inference() for t in factors)  # inference tensors count no versions
         state = [(t.data_ptr(), t._version, t.dtype, t.device) for t in factors] if tracked else None
         if self._kernel is None or state is None or self._kernel[0] != state:
@@ -190,8 +199,10 @@ class SVFLayer(nn.Module):
             rank = len(incoming)
             if rank != len(self.s):
                 self.s.data = self.s.new_zeros(rank)
-                self.u = self.u.new_zeros(self.u.shape[0], rank // self.groups)
-                self.vh = self.vh.new_zeros(rank, self.vh.shape[1])
+                self.u.data = self.u.new_zeros(self.u.shape[0], rank // self.groups)
+                self.vh.data = self.vh.new_zeros(rank, self.vh.shape[1])
+                if self.a is not None:
+                    self.a.data = self.a.new_zeros(rank)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
@@ -421,30 +432,84 @@ def merge_svf(module: nn.Module) -> nn.Module:
 def singular_values(module: nn.Module) -> dict[str, Tensor]:
     """Copies of the trained values of every factored layer, by the layer's name; shape ``(R,)`` each."""
     return {
-        name: layer.s.detach().clone()
+        name: layer.values.detach().clone()
         for name, layer in module.named_modules()
         if isinstance(layer, SVFLayer)
     }
 
 
-def prepare(backbone: nn.Module, stages: Sequence[str] = ("layer2", "layer3", "layer4")) -> None:
-    """Train the singular values of some stages and nothing else in the backbone.
+def prepare(
+    backbone: nn.Module,
+    stages: Sequence[str] = ("layer2", "layer3", "layer4"),
+    train: Sequence[str] = ("s",),
+    kernels: Sequence[str] | None = None,
+    parametrization: str = "s",
+) -> None:
+    """Train the singular values, or other factors, of some stages and nothing else in the backbone.
 
-    Only these stages are decomposed: a frozen layer gains nothing from factors and would lose speed.
+    Only these layers are decomposed: a frozen layer gains nothing from factors and would lose speed.
 
     Args:
         backbone: Changed in place; calling again changes nothing.
         stages: Names of its submodules. The default is the authors'; Table 9 of the paper compares others.
+        train: Which factors train, from "u", "s", "v" (Table 8). Nothing keeps "u" and "v" orthogonal.
+        kernels: Kernel sizes to factor, such as "3x3"; linear layers count as "1x1". None means all.
+        parametrization: Of the values: "s"; "exp" trains ``a`` in ``s * exp(a)``, so that a large value
+            moves further and none changes its sign; "both" trains ``s`` and ``a`` (Table 12). Weight decay
+            pulls ``s`` to zero, but ``a`` back to the pretrained network.
 
     Raises:
-        ValueError: If a stage does not exist, or a layer in it cannot be factored.
+        ValueError: If a stage does not exist or holds nothing to factor, a layer in it cannot be factored,
+            no layer has one of the kernel sizes, or ``train`` or ``parametrization`` is none of the above.
     """
-    apply_svf(backbone, stages)
+    if not train or set(train) - {"u", "s", "v"} or isinstance(train, str):
+        raise ValueError(f"train must be a list of factors from u, s, v; got {train!r}")
+    if parametrization not in ("s", "exp", "both") or (parametrization != "s" and "s" not in train):
+        raise ValueError(
+            f"parametrization must be 's', 'exp' or 'both', the latter two with 's' in train; "
+            f"got {parametrization!r} with train={list(train)}"
+        )
+    names = list(stages) if kernels is None else _of_kernel_size(backbone, stages, kernels)
+    apply_svf(backbone, names)
     backbone.requires_grad_(False)
+    for layer in {layer for name in names for _, layer in _under(backbone, name)}:
+        if isinstance(layer, SVFLayer):
+            _train_factors(layer, train, parametrization)
+
+
+def _of_kernel_size(module: nn.Module, stages: Sequence[str], kernels: Sequence[str]) -> list[str]:
+    """Names of the layers of some stages whose kernel has one of the given sizes."""
+    sizes = {}
     for stage in stages:
-        for _, layer in _under(backbone, stage):
-            if isinstance(layer, SVFLayer):
-                layer.s.requires_grad_(True)
+        for name, layer in _under(module, stage):
+            if _has_kernel(layer):
+                sizes[name] = "x".join(map(str, getattr(layer, "kernel_size", (1, 1))))
+    for kernel in kernels:
+        if kernel not in sizes.values():
+            raise ValueError(
+                f"kernels: no layer of {', '.join(stages)} has a kernel of {kernel}; "
+                f"there are {', '.join(sorted(set(sizes.values()))) or 'none'}"
+            )
+    return [name for name, size in sizes.items() if size in kernels]
+
+
+def _train_factors(layer: SVFLayer, train: Sequence[str], parametrization: str) -> None:
+    """Let some factors of a layer train. A factor that trains is a parameter, one that does not a buffer."""
+    for name, factor in (("u", "u"), ("vh", "v")):
+        tensor = getattr(layer, name)
+        if (factor in train) != isinstance(tensor, nn.Parameter):
+            delattr(layer, name)
+            if factor in train:
+                layer.register_parameter(name, nn.Parameter(tensor))
+            else:
+                layer.register_buffer(name, tensor.detach())
+    if parametrization != "s" and layer.a is None:
+        layer.a = nn.Parameter(torch.zeros_like(layer.s))
+    for name, factor in (("u", "u"), ("vh", "v")):
+        getattr(layer, name).requires_grad_(factor in train)
+    layer.s.requires_grad_("s" in train and parametrization != "exp")
+    if layer.a is not None:
+        layer.a.requires_grad_(parametrization != "s")
 
 
 def _has_kernel(module: nn.Module) -> bool:
@@ -514,6 +579,8 @@ def _merged_weight(layer: SVFLayer) -> Tensor:
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(layer.s.device.type, enabled=False):
         device = "cpu" if layer.s.device.type == "mps" else layer.s.device  # no float64 on Apple's GPU
         u, s, vh = (t.to(device, torch.float64) for t in (layer.u, layer.s, layer.vh))
+        if layer.a is not None:
+            s = s * layer.a.to(device, torch.float64).exp()
         return _rebuild(u, s, vh, layer.groups).view(layer.kernel_shape).to(layer.s.device, layer.s.dtype)
 
 
