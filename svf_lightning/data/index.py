@@ -11,29 +11,25 @@ equal pixels; but it reads every format alike, keeps palette indices, and says w
 import hashlib
 import logging
 import os
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, Protocol
 from uuid import uuid4
 
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from svf_lightning.episode import IGNORE
+from svf_lightning.progress import track
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
 Split = Literal["train", "val"]
 
 
@@ -84,8 +80,56 @@ def read_image(path: str | Path) -> Tensor:
         FileNotFoundError: If there is no such file.
         ValueError: If it is no image, or cut short.
     """
-    pixels = np.asarray(_open(path).convert("RGB"))  # (H, W, 3)
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+    return to_tensor(to_rgb(open_image(path)))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """The values of an RGB image, uint8, shape ``(3, H, W)``."""
+    return torch.from_numpy(np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as RGB.
+
+    Pillow cuts grey values beyond 255 off. Here one channel of more than 8 bits is scaled down: white is the
+    largest value of 8, 10, 12, 14 or 16 bits, whichever just holds the brightest pixel (cameras and
+    microscopes store 12 bits in files of 16), and 1.0 for floats that stay below it.
+    """
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.nan_to_num(np.asarray(image, np.float64)).clip(0)
+        brightest = values.max(initial=0)
+        whites = (2.0**bits - 1 for bits in (8, 10, 12, 14, 16) if brightest < 2**bits)
+        white = 1.0 if image.mode == "F" and brightest <= 1 else next(whites, brightest)
+        image = Image.fromarray((values / white * 255).round().astype(np.uint8))
+    return image.convert("RGB")
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Open an image and decode all of it.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it may not be read, is no image, or is cut short.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()  # decodes; the pixels stay when the file is closed
+            return image
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path} is missing: put it back, or take its line out of the list of images"
+        ) from None
+    except PermissionError:
+        raise ValueError(f"{path} may not be read (permission denied): allow it with `chmod u+r`") from None
+    except Image.DecompressionBombError:
+        raise ValueError(
+            f"{path} has over {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels: shrink it first"
+        ) from None
+    except Exception as error:  # broken files raise OSError, SyntaxError, struct.error, zlib.error, ...
+        reason = "not an image" if "cannot identify" in str(error) else str(error) or type(error).__name__
+        if Path(path).is_file() and not Path(path).stat().st_size:
+            reason = "empty, 0 bytes"
+        raise ValueError(f"{path} cannot be decoded ({reason}): replace it by an intact copy") from error
 
 
 def read_label(path: str | Path) -> Tensor:
@@ -140,11 +184,11 @@ def build_index(
         raise ValueError(f"{name}: the list of images is empty; an index needs at least one")
     paths = tuple((str(image), str(label)) for image, label in pairs)
     cache = Path(cache)
-    key = _fingerprint(name, len(class_names), paths, cache.parent)
-    pixels = _load_counts(cache, key, (len(paths), len(class_names) + 1))
+    key = fingerprint(name, len(class_names), paths, cache.parent)
+    pixels = load_counts(cache, key, (len(paths), len(class_names) + 1))
     if pixels is None:
         pixels = _count_all(name, len(class_names), paths, workers)
-        _save_counts(cache, key, pixels)
+        save_counts(cache, key, pixels)
     return ImageIndex(
         name=name,
         class_names=tuple(class_names),
@@ -152,37 +196,6 @@ def build_index(
         pixels=pixels,
         read=partial(read_pair, paths),
     )
-
-
-def show_progress(done: Iterable[T], total: int, what: str, interval: float = 10.0) -> Iterator[T]:
-    """Pass items through and tell on stderr how far it is.
-
-    A bar on a terminal; elsewhere, as in a batch job's log, a plain line every ``interval`` seconds. Work
-    that takes less time than that prints nothing there.
-    """
-    start = time.monotonic()
-    if sys.stderr.isatty():
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]:.0f} images/s"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task(what, total=total, rate=0.0)
-            for count, item in enumerate(done, start=1):
-                yield item
-                progress.update(task, completed=count, rate=count / (time.monotonic() - start + 1e-9))
-        return
-    told = start
-    for count, item in enumerate(done, start=1):
-        yield item
-        now = time.monotonic()
-        if now - told >= interval:
-            told, rate = now, count / (now - start)
-            left = (total - count) / rate
-            print(f"{what}: {count}/{total}, {rate:.0f} images/s, {left:.0f} s left", file=sys.stderr)
 
 
 def replace_file(path: Path, write: Callable[[Path], None]) -> None:
@@ -199,7 +212,7 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def _decode_label(path: str | Path) -> np.ndarray:
-    image = _open(path)
+    image = open_image(path)
     if image.mode == "1":  # PNG optimisers store a label of nothing but 0 and 255 with one bit per pixel
         image = image.convert("L")
     if image.mode not in ("L", "P"):
@@ -210,27 +223,13 @@ def _decode_label(path: str | Path) -> np.ndarray:
     return np.array(image)  # (H, W) uint8
 
 
-def _open(path: str | Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            image.load()  # decodes; the pixels stay when the file is closed
-            return image
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path} is missing: put it back, or take its line out of the list of images"
-        ) from None
-    except Exception as error:  # broken files raise OSError, SyntaxError, struct.error, zlib.error, ...
-        reason = "not an image" if "cannot identify" in str(error) else str(error) or type(error).__name__
-        raise ValueError(f"{path} cannot be decoded ({reason}): replace it by an intact copy") from error
-
-
 def _count(classes: int, pair: tuple[str, str]) -> tuple[np.ndarray, list[Exception]]:
     """Pixels of each class in one label, shape ``(N + 1,)``, and what is wrong with the pair."""
     image_path, label_path = pair
     problems: list[Exception] = []
     size = label = None
     try:
-        size = _open(image_path).size
+        size = open_image(image_path).size
     except (FileNotFoundError, ValueError) as error:
         problems.append(error)
     try:
@@ -266,7 +265,7 @@ def _count_all(name: str, classes: int, paths: Sequence[tuple[str, str]], worker
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
         try:
             counted = pool.map(partial(_count, classes), paths)
-            results = list(show_progress(counted, len(paths), f"Indexing {name}"))
+            results = list(track(counted, f"indexing {name}", len(paths), "images"))
         except BaseException:  # Ctrl-C: do not go on to decode the thousands still waiting
             pool.shutdown(wait=True, cancel_futures=True)
             raise
@@ -286,8 +285,8 @@ def _shorten(items: Sequence[object], separator: str = ", ", most: int = 10) -> 
     return shown if len(items) <= most else f"{shown}{separator}and {len(items) - most} more"
 
 
-def _fingerprint(name: str, classes: int, paths: Sequence[tuple[str, str]], base: Path) -> str:
-    """Changes when the list does, or the size or time of change of any file on it."""
+def fingerprint(name: str, classes: int, paths: Sequence[tuple[str, str]], base: Path) -> str:
+    """A text that changes when the list does, or the size or time of change of any file on it."""
     digest = hashlib.sha256(f"1 {name} {classes}".encode())  # 1: version of what is counted and checked
     for path in (path for pair in paths for path in pair):
         try:
@@ -309,7 +308,8 @@ def _user_cache(cache: Path) -> Path:
     return base / "svf_lightning" / f"{hashlib.sha256(str(cache.absolute()).encode()).hexdigest()[:16]}.npz"
 
 
-def _load_counts(cache: Path, key: str, shape: tuple[int, int]) -> np.ndarray | None:
+def load_counts(cache: Path, key: str, shape: tuple[int, int]) -> np.ndarray | None:
+    """The counts kept in ``cache``, or in its stand-in in the user's cache; None if they do not fit."""
     for path in (cache, _user_cache(cache)):
         try:
             with np.load(path, allow_pickle=False) as stored:
@@ -325,7 +325,9 @@ def _load_counts(cache: Path, key: str, shape: tuple[int, int]) -> np.ndarray | 
     return None
 
 
-def _save_counts(cache: Path, key: str, pixels: np.ndarray) -> None:
+def save_counts(cache: Path, key: str, pixels: np.ndarray) -> None:
+    """Keep counts in ``cache``, or in the user's cache where that cannot be written."""
+
     def write(path: Path) -> None:
         with path.open("wb") as file:  # given a name, savez would append .npz to it
             np.savez_compressed(file, key=np.array(key), pixels=pixels)
