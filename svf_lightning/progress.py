@@ -17,21 +17,33 @@ class Progress:
         text: What is being done.
         total: Number of items, if known.
         unit: What an item is called, in the plural.
+        transient: Leave nothing in view at the end. So quick work says nothing at all off a terminal.
+        interval: Seconds between lines where there is no terminal.
     """
 
-    def __init__(self, text: str, total: int | None = None, unit: str = "items") -> None:
+    def __init__(
+        self,
+        text: str,
+        total: int | None = None,
+        unit: str = "items",
+        *,
+        transient: bool = False,
+        interval: float = PLAIN_LINE_EVERY,
+    ) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 
         self.text, self.total, self.unit = text, total, unit
+        self.transient, self.interval = transient, interval
         self.done, self.note = 0, ""
         self.started = self.last_line = time.monotonic()
         console = Console(stderr=True)
         self.bar: RichProgress | None = None
         if console.is_terminal:
             columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self.bar = RichProgress(*columns, TextColumn("{task.fields[note]}"), console=console)
+            note_column = TextColumn("{task.fields[note]}")
+            self.bar = RichProgress(*columns, note_column, console=console, transient=transient)
             self.task = self.bar.add_task(text, total=total, note="")
             self.bar.start()
         self.console = console
@@ -49,7 +61,7 @@ class Progress:
             self.bar.update(
                 self.task, completed=self.done, note=f"{self.speed:.1f} {self.unit}/s  {self.note}"
             )
-        elif time.monotonic() - self.last_line >= PLAIN_LINE_EVERY:
+        elif time.monotonic() - self.last_line >= self.interval:
             self.last_line = time.monotonic()
             left = f", {(self.total - self.done) / self.speed:.0f} s left" if self.total else ""
             of = f" of {self.total}" if self.total else ""
@@ -61,10 +73,10 @@ class Progress:
         )
 
     def close(self) -> None:
-        """Leave the last state in view."""
+        """Leave the last state in view, unless transient."""
         if self.bar is not None:
             self.bar.stop()
-        else:
+        elif not self.transient:
             self.say(
                 f"{self.done} {self.unit} in {time.monotonic() - self.started:.1f} s, {self.speed:.1f}/s"
             )
@@ -78,9 +90,16 @@ class Progress:
         self.close()
 
 
-def track(items: Iterable[T], text: str, total: int | None = None, unit: str = "items") -> Iterator[T]:
-    """Yield ``items`` while showing how far they have come."""
-    with Progress(text, total, unit) as progress:
+def track(
+    items: Iterable[T],
+    text: str,
+    total: int | None = None,
+    unit: str = "items",
+    *,
+    interval: float = PLAIN_LINE_EVERY,
+) -> Iterator[T]:
+    """Yield ``items`` while showing how far they have come; nothing stays in view when all are done."""
+    with Progress(text, total, unit, transient=True, interval=interval) as progress:
         for item in items:
             yield item
             progress.advance()

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from svf_lightning.data import index as index_module
-from svf_lightning.data.index import build_index, read_image, read_label, show_progress
+from svf_lightning.data.index import build_index, read_image, read_label
 
 CLASS_NAMES = ("square", "circle", "star")
 
@@ -255,17 +255,3 @@ def test_an_index_that_can_be_kept_nowhere_is_only_a_warning(pairs, tmp_path, mo
 
     assert build(pairs, tmp_path).pixels[0].tolist() == [3, 6, 0, 1]
     assert "the next start will count again" in caplog.text
-
-
-def test_progress_passes_items_through_and_writes_plain_lines_off_a_terminal(capsys):
-    assert list(show_progress("abc", 3, "Counting", interval=0.0)) == ["a", "b", "c"]
-
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 3
-    assert re.fullmatch(r"Counting: 2/3, \d+ images/s, \d+ s left", lines[1])
-
-
-def test_quick_work_prints_no_progress_off_a_terminal(capsys):
-    list(show_progress("abc", 3, "Counting"))
-
-    assert capsys.readouterr().err == ""

@@ -81,6 +81,9 @@ class FewShotDataModule(pl.LightningDataModule):
 
     def prepare_data(self) -> None:
         self.source.prepare()
+        # Lightning lets one process run this before all others go on, so these find the counts in the cache.
+        self.source.index("train")
+        self.source.index("val")
 
     def setup(self, stage: str) -> None:
         if stage == "fit":

@@ -19,9 +19,10 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from svf_lightning.data.folds import EMOJI_CLASSES, split_classes
-from svf_lightning.data.index import ImageIndex, Split, build_index, show_progress
+from svf_lightning.data.index import ImageIndex, Split, build_index
 from svf_lightning.data.pascal import IMAGES, LABELS, LISTS, read_list, voc_palette
 from svf_lightning.episode import IGNORE
+from svf_lightning.progress import track
 
 SPRITES = Path(__file__).parent / "sprites"
 MARKER = "emoji.json"
@@ -173,7 +174,7 @@ class Emoji:
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             try:
                 made = pool.map(partial(self._write, folder), jobs)
-                names = list(show_progress(made, len(jobs), "Drawing emoji-5i"))
+                names = list(track(made, "drawing emoji-5i", len(jobs), "images"))
             except BaseException:  # Ctrl-C: do not go on to draw the images still waiting
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
