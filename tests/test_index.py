@@ -43,9 +43,9 @@ def counting(monkeypatch) -> list[int]:
     counted: list[int] = []
     original = index_module._count_all
 
-    def count_all(name, classes, paths, workers):
+    def count_all(name, paths, count, workers):
         counted.append(len(paths))
-        return original(name, classes, paths, workers)
+        return original(name, paths, count, workers)
 
     monkeypatch.setattr(index_module, "_count_all", count_all)
     return counted
@@ -255,3 +255,35 @@ def test_an_index_that_can_be_kept_nowhere_is_only_a_warning(pairs, tmp_path, mo
 
     assert build(pairs, tmp_path).pixels[0].tolist() == [3, 6, 0, 1]
     assert "the next start will count again" in caplog.text
+
+
+def test_headers_alone_find_files_that_are_cut_short_or_no_images(pairs, tmp_path):
+    pairs += [write_pair(tmp_path, f"more{i}", np.zeros((40, 50), np.uint8)) for i in range(3)]
+    (tmp_path / "first.jpg").write_bytes(b"")
+    (tmp_path / "second.jpg").write_text("<html>404</html>")
+    cut = tmp_path / "more0.jpg"
+    cut.write_bytes(cut.read_bytes()[:-60])
+    (tmp_path / "more1.jpg").unlink()
+
+    with pytest.raises(ValueError, match="shapes: 4 files cannot be used") as caught:
+        build_index("shapes", CLASS_NAMES, pairs, cache=tmp_path / "index.npz", whole_images=False)
+    for name in ("first.jpg", "second.jpg", "more0.jpg", "more1.jpg"):
+        assert name in str(caught.value)
+
+
+def test_headers_alone_find_a_label_of_another_size_and_decode_no_image(pairs, tmp_path, monkeypatch):
+    with (tmp_path / "second.jpg").open("ab") as file:
+        file.write(b"camera's notes")  # behind the end of the picture, as some files have it
+    decoded = []
+    open_image = index_module.open_image
+    monkeypatch.setattr(index_module, "open_image", lambda path: decoded.append(path) or open_image(path))
+    options = {"cache": tmp_path / "index.npz", "whole_images": False}
+
+    assert build_index("shapes", CLASS_NAMES, pairs, **options).pixels.tolist() == [
+        [3, 6, 0, 1],
+        [20, 0, 0, 0],
+    ]
+    assert {Path(path).suffix for path in decoded} == {".png"}
+    Image.new("RGB", (9, 4)).save(tmp_path / "second.jpg")
+    with pytest.raises(ValueError, match=r"second\.png is 5x4 but its image second\.jpg is 9x4"):
+        build_index("shapes", CLASS_NAMES, pairs, **options)
