@@ -8,6 +8,9 @@ in two conventions whose results cannot be compared: Nguyen and Todorovic, Featu
 ICCV 2019 ("interleaved"), and Wang et al., PANet, ICCV 2019 ("contiguous").
 """
 
+from collections.abc import Sequence
+from difflib import get_close_matches
+
 FOLDS = 4
 
 PASCAL_CLASSES = (
@@ -93,3 +96,55 @@ def split_classes(
         novel = tuple(ids[fold * size : (fold + 1) * size])
     base = tuple(class_id for class_id in ids if class_id not in novel)
     return base, novel
+
+
+def split_own_classes(
+    names: Sequence[str], fold: int, *, novel: Sequence[str] | None = None, folds: int | None = None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Base and novel class ids of a user's own classes.
+
+    Args:
+        names: Of the classes 1..N.
+        fold: Which part is novel, counted from 0; 0 where ``novel`` says it.
+        novel: Names of the novel classes; None makes ``folds`` parts of neighbouring ids, whose sizes differ
+            by one at most, and ``fold`` chooses.
+        folds: Number of parts; None takes four, or one per class if there are fewer.
+
+    Returns:
+        Base ids and novel ids, each ascending and counted from 1; neither is empty.
+
+    Raises:
+        ValueError: If there is but one class, a name is unknown, no class stays base, or a number is out of
+            range.
+
+    Example:
+        >>> split_own_classes(["bee", "cat", "dog", "elk", "fox"], fold=1, folds=2)
+        ((1, 2), (3, 4, 5))
+        >>> split_own_classes(["bee", "cat", "dog"], fold=0, novel=["cat"])
+        ((1, 3), (2,))
+    """
+    if len(names) < 2:
+        raise ValueError(
+            f"training needs two classes or more, some to learn from and some to test; there is only "
+            f"{', '.join(names) or 'none'}. `svf predict` segments a class without training"
+        )
+    ids = range(1, len(names) + 1)
+    if novel is not None:
+        unknown = [name for name in novel if name not in names]
+        if unknown or not novel:
+            similar = get_close_matches(unknown[0], names, n=1, cutoff=0.5) if unknown else []
+            hint = f" (did you mean {similar[0]}?)" if similar else ""
+            raise ValueError(f"novel is {list(novel)}{hint}; name some of the classes {', '.join(names)}")
+        if set(novel) == set(names):
+            raise ValueError(f"novel is {list(novel)}, which is every class: leave some to learn from")
+        if type(fold) is not int or fold != 0:
+            raise ValueError(f"fold is {fold!r}, but novel={list(novel)} makes one split: use fold=0")
+        tested = tuple(i for i in ids if names[i - 1] in novel)
+    else:
+        folds = min(FOLDS, len(names)) if folds is None else folds
+        if type(folds) is not int or not 2 <= folds <= len(names):
+            raise ValueError(f"folds is {folds!r}; {len(names)} classes make 2 to {len(names)} folds")
+        if type(fold) is not int or not 0 <= fold < folds:
+            raise ValueError(f"fold is {fold!r}; {len(names)} own classes have folds 0 to {folds - 1}")
+        tested = tuple(ids[fold * len(names) // folds : (fold + 1) * len(names) // folds])
+    return tuple(i for i in ids if i not in tested), tested
