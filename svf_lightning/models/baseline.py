@@ -27,7 +27,7 @@ from torch import nn
 
 from svf_lightning.backbones.backbone import Backbone
 from svf_lightning.episode import Episode, Prediction
-from svf_lightning.models.blocks import ASPP, conv_relu, foreground, masked_average_pool, prior_mask, resize
+from svf_lightning.models.blocks import ASPP, compare, conv_relu, foreground, resize
 
 
 class Baseline(nn.Module):
@@ -116,25 +116,14 @@ class Baseline(nn.Module):
         # Features of stages 2 and 3, and of stage 4 with the supports' background masked out.
         images = torch.cat([episode.query_image, episode.support_images.flatten(0, 1)])
         see_all = masks.new_ones(batch, *masks.shape[1:])
-        *_, f2, f3, f4 = self.backbone(images, layer4_mask=torch.cat([see_all, masks]))
-        size = (f3 if self.grid == "layer3" else f2).shape[-2:]
-        middle = torch.cat([resize(f3, size), resize(f2, size)], dim=1)
-        query = self.down_query(middle[:batch])  # (B, C, h, w)
-        support = self.down_supp(middle[batch:])  # (BK, C, h, w)
-
-        # One prototype and one prior mask (per stage that gives one) per support.
-        small = resize(masks[:, None], size)[:, 0]  # soft at the borders
-        prototypes = masked_average_pool(support, small).unflatten(0, (batch, shots))  # (B, K, C)
-        priors = []
-        for stage in self.prior_stages:
-            feature = (f2, f3, f4)[stage - 2]
-            masked = feature[batch:] * resize(masks[:, None], feature.shape[-2:])
-            priors.append(resize(prior_mask(feature[:batch].repeat_interleave(shots, dim=0), masked), size))
-        prior = torch.cat(priors, dim=1).unflatten(0, (batch, shots))  # (B, K, stages, h, w)
+        features = self.backbone(images, layer4_mask=torch.cat([see_all, masks]))[2:]
+        query, prototypes, priors = compare(
+            features, masks, self.down_query, self.down_supp, self.grid, self.prior_stages
+        )  # (B, C, h, w), (B, K, C), (B, K, stages, h, w)
 
         reduce = torch.sum if self.shot_reduction == "sum" else torch.mean
         prototype = reduce(prototypes, dim=1)[:, :, None, None].expand_as(query)
-        x = self.init_merge(torch.cat([query, prototype, reduce(prior, dim=1)], dim=1))
+        x = self.init_merge(torch.cat([query, prototype, reduce(priors, dim=1)], dim=1))
 
         x = self.res1_meta(self.ASPP_meta(x))
         x = self.res2_meta(x) + x

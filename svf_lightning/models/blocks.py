@@ -1,5 +1,7 @@
 """The few pieces that several methods share, each with its source."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -86,6 +88,48 @@ def prior_mask(query: Tensor, support: Tensor, eps: float = 1e-7) -> Tensor:
     low, high = similarity.amin(dim=1, keepdim=True), similarity.amax(dim=1, keepdim=True)
     prior = (similarity - low) / (high - low + eps)
     return prior.unflatten(1, query.shape[-2:])[:, None]
+
+
+def compare(
+    features: Sequence[Tensor],
+    masks: Tensor,
+    down_query: nn.Module,
+    down_supp: nn.Module,
+    grid: str = "layer3",
+    prior_stages: Sequence[int] = (4,),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What B queries see of K supports each: a prototype and prior masks per support, not yet combined.
+
+    Args:
+        features: Of stages 2, 3 and 4, each of B queries and then of their BK supports, whose background was
+            masked out before stage 4.
+        masks: Foreground of the supports in ``[0, 1]``, shape ``(BK, H, W)``.
+        down_query: Projects features of stages 3 and 2, concatenated, to ``C`` channels.
+        down_supp: Does so for the supports.
+        grid: The stage whose resolution ``h, w`` the results have, "layer2" or "layer3".
+        prior_stages: Stages whose features give a prior mask each, S in all.
+
+    Returns:
+        Query features ``(B, C, h, w)``, prototypes ``(B, K, C)`` and priors ``(B, K, S, h, w)``.
+
+    Source:
+        Meta learner of BAM (Lang et al., CVPR 2022), which the baseline of the SVF paper is. The pieces are
+        those of PFENet (Tian et al., TPAMI 2020).
+    """
+    f2, f3, f4 = features
+    batch = len(f2) - len(masks)
+    shots = len(masks) // batch
+    size = (f3 if grid == "layer3" else f2).shape[-2:]
+    middle = torch.cat([resize(f3, size), resize(f2, size)], dim=1)
+    query = down_query(middle[:batch])
+    small = resize(masks[:, None], size)[:, 0]  # soft at the borders
+    prototypes = masked_average_pool(down_supp(middle[batch:]), small).unflatten(0, (batch, shots))
+    priors = []
+    for stage in prior_stages:
+        feature = (f2, f3, f4)[stage - 2]
+        masked = feature[batch:] * resize(masks[:, None], feature.shape[-2:])
+        priors.append(resize(prior_mask(feature[:batch].repeat_interleave(shots, dim=0), masked), size))
+    return query, prototypes, torch.cat(priors, dim=1).unflatten(0, (batch, shots))
 
 
 class ASPP(nn.Module):
