@@ -56,7 +56,13 @@ def main(cfg: DictConfig) -> float:
     trainer = pl.Trainer(
         **runs.trainer_arguments(config),
         logger=runs.build_loggers(config),
-        callbacks=[Finetune(runs.build_strategy(config)), checkpoints, pictures, EpisodeProgress()],
+        callbacks=[
+            Finetune(runs.build_strategy(config)),
+            *runs.build_callbacks(config),
+            checkpoints,
+            pictures,
+            EpisodeProgress(),
+        ],
     )
 
     started = time.monotonic()

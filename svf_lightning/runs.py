@@ -340,6 +340,11 @@ def trainer_arguments(config: Config) -> dict[str, Any]:
     return {**arguments, "default_root_dir": config["run_dir"], "enable_progress_bar": True}
 
 
+def build_callbacks(config: Config) -> list[Any]:
+    """Build the callbacks that a run's configuration asks for; train.py adds those that every run has."""
+    return [_instantiate(node) for node in (config.get("callbacks") or {}).values()]
+
+
 def build_loggers(config: Config) -> list[Any]:
     """Build the curve loggers of a run."""
     return [_instantiate(node) for node in (config.get("logger") or {}).values()]
