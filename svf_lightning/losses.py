@@ -41,3 +41,42 @@ def cross_entropy(
         auxiliary = torch.stack([term(logits) for logits in prediction.auxiliary.values()])
         loss = loss + auxiliary_weight * auxiliary.mean()
     return loss
+
+
+def cyctr_dice(
+    prediction: Prediction,
+    episode: Episode,
+    auxiliary_weight: float = 1.0,
+    count_ignored: bool = True,
+) -> Tensor:
+    """Dice loss of the query, plus that of the supports segmented by the query.
+
+    Background and foreground are two independent questions, each answered by a sigmoid.
+
+    Args:
+        prediction: Main logits ``(B, 2, H, W)``; ``auxiliary["support"]`` ``(B, K, 2, H, W)`` where the
+            model is in training mode, else the main term is all.
+        episode: Its query and support masks are the targets.
+        auxiliary_weight: Factor of the support term, 1 in CyCTR.
+        count_ignored: As published, 255 belongs to no target, but what is predicted there still counts in
+            the denominator and is pushed to zero. False leaves those pixels out.
+
+    Returns:
+        A scalar in ``[0, 2 + 2 * auxiliary_weight]``, best 0.
+
+    Source:
+        Zhang et al., CyCTR, NeurIPS 2021, section 3.4; Milletari et al., V-Net, 3DV 2016 (squares).
+    """
+
+    def term(logits: Tensor, masks: Tensor) -> Tensor:
+        p = logits.float().sigmoid()  # (N, 2, H, W)
+        t = torch.stack([masks == 0, masks == 1], dim=1).float()
+        square = p.square() if count_ignored else p.square() * (masks != IGNORE)[:, None]
+        overlap, total = (p * t).sum(dim=(2, 3)), (square + t).sum(dim=(2, 3))  # t is its own square
+        return (1 - 2 * overlap / total.clamp_min(1e-8)).sum(dim=1).mean()
+
+    loss = term(prediction.logits, episode.query_mask)
+    if "support" in prediction.auxiliary:
+        supports = prediction.auxiliary["support"].flatten(0, 1)
+        loss = loss + auxiliary_weight * term(supports, episode.support_masks.flatten(0, 1))
+    return loss
