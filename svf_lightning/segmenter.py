@@ -1,7 +1,7 @@
 """The LightningModule around a few-shot method: one shared step, the recipe, the metric."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 import pytorch_lightning as pl
@@ -36,6 +36,39 @@ def predict_masks(logits: Tensor, sizes: Iterable[tuple[int, int]]) -> list[Tens
     return masks
 
 
+class JointOptimizer(torch.optim.Optimizer):
+    """Several optimizers that step as one, for trainers and checkpoints that know only one.
+
+    Their parameter groups and their state are this optimizer's own, so schedulers, gradient scalers and
+    ``state_dict`` see all of them and need to know of none.
+    """
+
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        self.optimizers = optimizers
+        super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        groups = iter(self.param_groups)
+        for optimizer in self.optimizers:
+            optimizer.param_groups = [next(groups) for _ in optimizer.param_groups]
+            optimizer.state = self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)  # puts new groups and a new state in place of the shared ones
+        self._share()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Compute the gradients, if they are to be computed here, then step each in turn."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return loss
+
+
 class FewShotSegmenter(pl.LightningModule):
     """Train and test a few-shot segmentation method on episodes.
 
@@ -48,6 +81,8 @@ class FewShotSegmenter(pl.LightningModule):
         backbone_lr_factor: Learning rate of whatever trains in the backbone, relative to ``lr``.
         momentum: Of SGD; AdamW does not read it.
         weight_decay: Of every parameter that trains.
+        apart: A submodule that learns apart from the rest, by AdamW at a constant rate and with no decay of
+            biases, as CyCTR's transformer: ``{"module": name, "lr": number, "weight_decay": number}``.
         schedule: "cosine", "poly" (power 0.9) or "constant", per step.
         epochs: Length of the schedule. Apart from ``trainer.max_epochs``, so that a run stopped
             early and resumed follows the same curve as one that was never stopped.
@@ -56,7 +91,7 @@ class FewShotSegmenter(pl.LightningModule):
             strings and numbers. A checkpoint that says otherwise is refused.
 
     Raises:
-        ValueError: For an unknown optimizer or schedule.
+        ValueError: For an unknown optimizer or schedule, or a submodule that the model does not have.
     """
 
     def __init__(
@@ -70,6 +105,7 @@ class FewShotSegmenter(pl.LightningModule):
         backbone_lr_factor: float = 0.1,
         momentum: float = 0.9,
         weight_decay: float = 1e-4,
+        apart: Mapping[str, Any] | None = None,
         schedule: str = "cosine",
         epochs: int = 1,
         seed: int = 0,
@@ -84,6 +120,12 @@ class FewShotSegmenter(pl.LightningModule):
         self.loss = loss
         self.optimizer, self.lr, self.backbone_lr_factor = optimizer, lr, backbone_lr_factor
         self.momentum, self.weight_decay = momentum, weight_decay
+        self.apart = dict(apart) if apart else None
+        if self.apart and self.apart["module"] not in dict(model.named_children()):
+            raise ValueError(
+                f"apart.module={self.apart['module']!r} is no submodule of {type(model).__name__}; it has "
+                f"{', '.join(name for name, _ in model.named_children())}"
+            )
         self.schedule, self.epochs = schedule, epochs
         self.seed = seed
         self.identity = identity or {}
@@ -136,8 +178,9 @@ class FewShotSegmenter(pl.LightningModule):
         iou.reset()
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
+        elsewhere = ("backbone.", f"{self.apart['module']}.") if self.apart else ("backbone.",)
         head = [
-            p for n, p in self.model.named_parameters() if not n.startswith("backbone.") and p.requires_grad
+            p for n, p in self.model.named_parameters() if not n.startswith(elsewhere) and p.requires_grad
         ]
         backbone = [p for p in self.model.backbone.parameters() if p.requires_grad]
         groups = [{"params": head, "lr": self.lr}]
@@ -148,6 +191,8 @@ class FewShotSegmenter(pl.LightningModule):
             optimizer = torch.optim.SGD(groups, momentum=self.momentum, weight_decay=self.weight_decay)
         else:
             optimizer = torch.optim.AdamW(groups, weight_decay=self.weight_decay)
+        if self.apart:
+            optimizer = JointOptimizer(optimizer, self.configure_apart())
 
         self.trainer.estimated_stepping_batches  # noqa: B018  (makes the trainer count its batches)
         steps = self.epochs * math.ceil(
@@ -161,8 +206,20 @@ class FewShotSegmenter(pl.LightningModule):
                 return max(1 - (step + 1) / steps, 0) ** 0.9
             return 1.0
 
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        scheduled = [factor] * len(groups)
+        constant = [lambda step: 1.0] * (len(optimizer.param_groups) - len(groups))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, scheduled + constant)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_apart(self) -> torch.optim.Optimizer:
+        """The optimizer of the submodule that learns apart."""
+        assert self.apart is not None
+        named = list(self.model.get_submodule(self.apart["module"]).named_parameters())
+        groups: list[dict[str, Any]] = [
+            {"params": [p for n, p in named if not n.endswith("bias")]},
+            {"params": [p for n, p in named if n.endswith("bias")], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=self.apart["lr"], weight_decay=self.apart["weight_decay"])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["svf_lightning"] = self.identity
