@@ -82,8 +82,7 @@ def split_classes(
     """
     if dataset not in CLASS_NAMES:
         raise ValueError(f"dataset is {dataset!r}; folds are known for {', '.join(CLASS_NAMES)}")
-    if type(fold) is not int or not 0 <= fold < FOLDS:  # not isinstance: True would be fold 1
-        raise ValueError(f"fold is {fold!r}; {dataset} has folds 0, 1, 2 and 3")
+    check_fold(dataset, fold, FOLDS)
     allowed = CONVENTIONS[dataset]
     if convention is not None and convention not in allowed:
         raise ValueError(f"convention is {convention!r}; {dataset} is split {' or '.join(allowed)}")
@@ -96,6 +95,18 @@ def split_classes(
         novel = tuple(ids[fold * size : (fold + 1) * size])
     base = tuple(class_id for class_id in ids if class_id not in novel)
     return base, novel
+
+
+def check_fold(dataset: str, fold: object, folds: int) -> None:
+    """Refuse a fold that a data set of so many folds does not have.
+
+    Raises:
+        ValueError: If ``fold`` is not one of 0 .. ``folds`` - 1.
+    """
+    if type(fold) is not int or not 0 <= fold < folds:  # not isinstance: True would be fold 1
+        *others, last = map(str, range(folds))
+        known = f"folds {', '.join(others)} and {last}" if others else "one split only: use fold=0"
+        raise ValueError(f"fold is {fold!r}; {dataset} has {known}")
 
 
 def split_own_classes(

@@ -41,7 +41,7 @@ class ImageIndex:
     class_names: tuple[str, ...]  # class id c, from 1 to N, is class_names[c - 1]
     ids: tuple[str, ...]  # one per image; what messages and pictures call it
     pixels: np.ndarray  # (images, N + 1) int64, at original resolution; column 0 is background
-    read: Callable[[int], tuple[Tensor, Tensor]]  # image uint8 (3, H, W) RGB, label uint8 (H, W)
+    read: Callable[[int], tuple[Tensor, Tensor]]  # image uint8 (3, H, W) RGB, label (H, W)
 
     def __len__(self) -> int:
         return len(self.ids)
