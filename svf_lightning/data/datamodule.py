@@ -145,6 +145,14 @@ class FewShotDataModule(pl.LightningDataModule):
         )
 
 
+def own_images(source: Source, *, root: Any = None, novel: Any = None, **options: Any) -> FewShotDataModule:
+    """The data module over a `Folder`, for conf/data/folder.yaml.
+
+    ``root`` and ``novel`` are there to be short to type (``data.root=my_photos``); ``source`` has them.
+    """
+    return FewShotDataModule(source, **options)
+
+
 def _build(
     transform: Any,
     argument: str,
