@@ -16,9 +16,11 @@ from svf_lightning.finetune.svf import (
     apply_svf,
     decompose,
     from_factors,
+    load_svf_state_dict,
     merge_svf,
     prepare,
     singular_values,
+    svf_state_dict,
 )
 from tests.golden import cases, fill
 
@@ -48,6 +50,17 @@ KINDS = {
     "unbatched": (lambda: nn.Conv2d(4, 6, 3, padding=1), (4, 7, 6), 6),
     "1d": (lambda: nn.Conv1d(4, 6, 3, padding=1, padding_mode="circular"), (2, 4, 9), 6),
     "3d": (lambda: nn.Conv3d(2, 5, 3, padding=1), (2, 2, 5, 4, 3), 5),
+    "transposed": (lambda: nn.ConvTranspose2d(6, 3, 3, stride=2, padding=1), (2, 6, 5, 4), 6),
+    "transposed, padded output": (
+        lambda: nn.ConvTranspose2d(4, 5, 4, stride=3, output_padding=(1, 2), dilation=2, bias=False),
+        (2, 4, 5, 4),
+        4,
+    ),
+    "transposed, grouped": (lambda: nn.ConvTranspose2d(6, 4, 2, stride=2, groups=2), (2, 6, 4, 3), 6),
+    "transposed, depthwise": (lambda: nn.ConvTranspose2d(4, 4, 3, groups=4), (2, 4, 4, 3), 4),
+    "transposed, unbatched": (lambda: nn.ConvTranspose2d(4, 2, 3), (4, 5, 6), 4),
+    "transposed 1d": (lambda: nn.ConvTranspose1d(4, 2, 3, stride=2), (2, 4, 5), 4),
+    "transposed 3d": (lambda: nn.ConvTranspose3d(3, 2, 2, stride=2), (1, 3, 3, 2, 2), 3),
     "linear": (lambda: nn.Linear(5, 7), (2, 3, 5), 5),
     "linear, wide": (lambda: nn.Linear(9, 4, bias=False), (3, 9), 4),
 }
@@ -78,10 +91,11 @@ def test_before_training_a_factored_layer_computes_what_the_original_did(kind, d
     assert relative(layer.weight, plain.weight) < gap
 
 
-def test_gradients_are_those_of_autograd_through_the_rebuilt_kernel(kind):
+@pytest.mark.parametrize("rank", [None, 1])
+def test_gradients_are_those_of_autograd_through_the_rebuilt_kernel(kind, rank):
     plain, x, _ = kind
     plain, x = plain.double(), x.double().requires_grad_()
-    layer = apply_svf(copy.deepcopy(plain))
+    layer = apply_svf(copy.deepcopy(plain), rank=rank)
     with torch.no_grad():
         layer.s[0] = -0.3  # trained values may change sign, or vanish
         layer.s[-1] = 0.0
@@ -96,9 +110,10 @@ def test_gradients_are_those_of_autograd_through_the_rebuilt_kernel(kind):
         torch.testing.assert_close(got, want, atol=1e-10, rtol=1e-10)
 
 
-def test_gradients_agree_with_finite_differences(kind):
+@pytest.mark.parametrize("rank", [None, 1])
+def test_gradients_agree_with_finite_differences(kind, rank):
     plain, x, _ = kind
-    layer = apply_svf(plain.double())
+    layer = apply_svf(plain.double(), rank=rank)
 
     def run(x, s):
         return torch.func.functional_call(layer, {"s": s}, (x,))
@@ -247,9 +262,10 @@ def test_channels_last_input_gives_the_same_and_stays_channels_last():
     torch.testing.assert_close(last.grad, first.grad)
 
 
-def test_a_compiled_network_is_one_graph_and_trains_alike():
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_compiled_network_is_one_graph_and_trains_alike(rank):
     torch.manual_seed(0)
-    net = apply_svf(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=4)))
+    net = apply_svf(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=4)), rank=rank)
     x = torch.randn(1, 3, 9, 9)
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
     expected = torch.autograd.grad(net(x).square().sum(), [net[0].s, net[2].s])
@@ -257,6 +273,19 @@ def test_a_compiled_network_is_one_graph_and_trains_alike():
     torch.testing.assert_close(got, expected)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), net(x))
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_an_evaluated_network_is_exported_with_any_batch_size(rank):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=4), nn.Flatten(2), nn.Linear(25, 3)
+    )
+    apply_svf(net, rank=rank).eval().requires_grad_(False)
+    batch = torch.export.Dim("batch")
+    exported = torch.export.export(net, (torch.randn(2, 3, 9, 9),), dynamic_shapes=({0: batch},))
+    x = torch.randn(5, 3, 9, 9)
+    torch.testing.assert_close(exported.module()(x), net(x), atol=1e-5, rtol=1e-5)
 
 
 def test_distributed_data_parallel_trains_alike(tmp_path):
@@ -312,20 +341,147 @@ def test_a_decomposition_that_does_not_give_the_weight_back_is_refused(monkeypat
         apply_svf(nn.Sequential(nn.Linear(3, 4)))
 
 
+class OddConvolution(nn.ConvTranspose2d):
+    def forward(self, x, output_size=None):
+        return 2 * super().forward(x, output_size)
+
+
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
-        (nn.ConvTranspose2d(3, 4, 2), "got ConvTranspose2d"),
+        (OddConvolution(3, 4, 3), "OddConvolution computes its output in its own way"),
         (StdConv2d(3, 4, 3), "StdConv2d computes its output in its own way"),
         (nn.LazyConv2d(4, 3), "has no weight yet"),
         (parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), "itself computed"),
         (nn.Conv2d(3, 4, 3, dtype=torch.complex64), "got torch.complex64"),
     ],
-    ids=["transposed", "standardised", "lazy", "weight norm", "complex"],
+    ids=["own forward", "standardised", "lazy", "weight norm", "complex"],
 )
 def test_a_layer_that_factors_would_change_is_refused_by_name(layer, reason):
     with pytest.raises(ValueError, match=f"^0: .*{reason}"):
         apply_svf(nn.Sequential(layer))
+
+
+# ---- only the largest values
+
+
+@pytest.mark.parametrize(("dtype", "gap"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_at_a_lower_rank_a_layer_still_computes_what_the_original_did(kind, dtype, gap):
+    plain, x, full = kind
+    plain, x = plain.to(dtype), x.to(dtype)
+    groups = getattr(plain, "groups", 1)
+    layer = apply_svf(copy.deepcopy(plain), rank=1)
+
+    assert layer.s.shape == (groups,)
+    assert (layer.rest is None) == (full == groups)
+    for context in (torch.enable_grad, torch.no_grad):
+        with context():
+            assert relative(layer(x), plain(x)) < gap
+    assert relative(merge_svf(layer).weight, plain.weight) < gap
+
+
+def test_the_largest_values_train_and_the_others_stay_in_the_kernel():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 6, 3).double()
+    layer = apply_svf(copy.deepcopy(conv), rank=2)
+    torch.testing.assert_close(layer.s, torch.linalg.svdvals(conv.weight.flatten(1))[:2])
+    with torch.no_grad():
+        layer.s.zero_()
+    left = torch.linalg.svdvals(layer.weight.flatten(1))
+    torch.testing.assert_close(left[:4], torch.linalg.svdvals(conv.weight.flatten(1))[2:])
+
+
+def test_at_a_lower_rank_a_training_step_costs_feature_maps_of_that_many_channels():
+    layer, x = apply_svf(nn.Conv2d(8, 8, 3, padding=1), rank=2), torch.randn(1, 8, 16, 16, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        layer(x)
+    assert [shape for shape in kept if shape[-1] == 16] == [(1, 2, 16, 16)]
+
+
+@pytest.mark.parametrize("rank", [0, 7])
+def test_a_rank_that_the_layer_does_not_have_is_refused_by_name(rank):
+    with pytest.raises(ValueError, match=f"^0: rank={rank} is not between 1 and 6"):
+        apply_svf(nn.Sequential(nn.Conv2d(8, 6, 3)), rank=rank)
+
+
+def test_in_a_grouped_layer_the_rank_counts_per_group_and_a_group_with_fewer_gives_all():
+    grouped = apply_svf(nn.Conv2d(8, 12, 3, groups=4), rank=2)
+    assert grouped.s.shape == (8,)
+    for values in grouped.s.chunk(4):
+        assert values[0] > values[1] > 0
+    assert apply_svf(nn.Conv2d(6, 6, 3, groups=6), rank=30).s.shape == (6,)
+
+
+def test_a_layer_factored_at_another_rank_is_not_taken_for_the_one_asked_for():
+    net = apply_svf(nn.Sequential(nn.Conv2d(8, 6, 3)))
+    with pytest.raises(
+        ValueError, match=r"^0: is factored already, with 6 values and not 2; merge_svf first"
+    ):
+        apply_svf(net, rank=2)
+    net = apply_svf(merge_svf(net), rank=2)
+    layer = net[0]
+    assert apply_svf(net, rank=2)[0] is layer
+
+
+def test_a_lower_rank_survives_a_checkpoint_bfloat16_and_padding_by_hand():
+    torch.manual_seed(0)
+    plain = nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect")
+    layer, x = apply_svf(copy.deepcopy(plain), rank=2), torch.randn(2, 4, 7, 6)
+    with torch.no_grad():
+        layer.s.mul_(2)
+    other = apply_svf(nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), rank=2)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x), layer(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relative(layer(x).float(), layer(x.double().float())) < 2e-2
+        layer(x).float().sum().backward()
+    assert layer.s.grad.dtype == torch.float32
+
+
+# ---- the values alone
+
+
+def test_the_values_alone_bring_back_what_was_trained():
+    trained, fresh = apply_svf(network(), ["layer2"]), apply_svf(network(), ["layer2"])
+    with torch.no_grad():
+        trained["layer2"][0].s.mul_(-1.5)
+    state = svf_state_dict(trained)
+    assert {name: len(value) for name, value in state.items()} == {"layer2.0.s": 6}
+    load_svf_state_dict(fresh, state)
+    x = torch.randn(1, 4, 5, 5)
+    assert torch.equal(fresh["layer2"][0](x), trained["layer2"][0](x))
+
+
+def test_the_values_of_a_single_layer_have_its_own_names():
+    layer = apply_svf(nn.Linear(3, 2))
+    assert list(svf_state_dict(layer)) == ["s"]
+    load_svf_state_dict(layer, {"s": torch.tensor([2.0, 1.0])})
+    assert layer.s.tolist() == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda s: s | {"layer2.O.s": s.pop("layer2.0.s")}, "'layer2.O.s' is no value .* 'layer2.0.s'"),
+        (lambda s: {"layer2.0.s": s["layer2.0.s"]}, "there is no 'layer20.0.s'"),
+        (lambda s: s | {"layer2.0.s": torch.ones(5)}, r"'layer2.0.s' has shape \(5,\), here it has \(6,\)"),
+        (lambda s: s | {"layer2.0.s": torch.full((6,), torch.nan)}, "'layer2.0.s' holds NaN"),
+    ],
+    ids=["unknown", "missing", "shape", "nan"],
+)
+def test_values_that_do_not_fit_are_refused_by_name_and_change_nothing(change, reason):
+    net = apply_svf(network(), ["layer2", "layer20"])
+    before = {name: value.clone() for name, value in svf_state_dict(net).items()}
+    state = change({name: value + 1 for name, value in before.items()})
+    with pytest.raises(ValueError, match=reason):
+        load_svf_state_dict(net, state)
+    torch.testing.assert_close(svf_state_dict(net), before, rtol=0, atol=0)
+
+
+def test_values_for_a_network_without_factors_are_refused():
+    with pytest.raises(ValueError, match="call apply_svf first"):
+        load_svf_state_dict(network(), {"layer2.0.s": torch.ones(6)})
 
 
 # ---- apply, merge, prepare

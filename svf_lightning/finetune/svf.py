@@ -15,13 +15,21 @@ Source:
     - Theirs always computes two convolutions and a scale. Here training does so too, with a backward pass
       that keeps one feature map per layer, and evaluation is one plain convolution.
 
-This file needs torch only and works on any network.
+With ``rank=k`` only the k largest values train, which are those that move in the paper's Fig. 6. The kernel
+is then ``rest + U_k diag(s) V_k^T``, still exact, and training costs little more than a frozen one.
+
+This file needs torch only and works on any network::
+
+    apply_svf(network, ["layer3", "layer4"])             # train the parameters called s
+    torch.save(svf_state_dict(network), "small.pt")      # kilobytes
+    load_svf_state_dict(network, torch.load("small.pt"))
+    merge_svf(network)                                   # the plain layers again
 """
 
 import copy
 import difflib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,11 +38,19 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSE: dict[int, Callable[..., Tensor]] = {
+    1: F.conv_transpose1d,
+    2: F.conv_transpose2d,
+    3: F.conv_transpose3d,
+}
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 # timm's convolutions that pad by the size of the input, as TensorFlow does. By name, because timm is not
 # needed here; their forward is otherwise the plain one.
 _PAD_BY_INPUT_SIZE = ("Conv2dSame", "Conv2dSameExport")
-_CONVOLUTION_ARGUMENTS = "in_channels out_channels kernel_size stride dilation padding padding_mode"
+_CONVOLUTION_ARGUMENTS = (
+    "in_channels out_channels kernel_size stride dilation padding padding_mode output_padding"
+)
 # Relative error (Frobenius norm) up to which U diag(s) V^T counts as the weight it came from.
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -45,7 +61,8 @@ class SVFLayer(nn.Module):
     With gradients wanted for ``s`` it runs as two convolutions, whatever ``training`` says; otherwise as
     the one plain convolution it stands for, whose kernel is rebuilt when a factor has changed. A grouped
     layer has one decomposition per group: ``u`` is then the block-diagonal matrix without its zeros, in
-    the layout of a grouped 1x1 kernel, and ``s`` is sorted within each group.
+    the layout of a grouped 1x1 kernel, and ``s`` is sorted within each group. A transposed convolution
+    has the factors of the convolution that it transposes: in all shapes here ``O`` and ``I`` change places.
 
     Attributes:
         s: Singular values, shape ``(R,)``, descending and not negative until they train; no sign or order
@@ -53,23 +70,26 @@ class SVFLayer(nn.Module):
         u: Left singular vectors, shape ``(O, R / groups)``.
         vh: Right singular vectors, shape ``(R, I / groups * kernel positions)``.
         a: None, or logarithms of a factor on ``s``, shape ``(R,)``; :func:`prepare` puts them there.
+        rest: What the factors leave of the kernel, in its shape, and frozen; None at full rank.
         bias: The layer's own bias or None; shared with the original layer, not copied.
 
     Args:
-        plain: ``Conv1d``, ``Conv2d``, ``Conv3d``, ``Linear``, or a subclass that computes the same thing.
-            It is left as it was.
+        plain: ``Conv1d``, ``Conv2d``, ``Conv3d``, their transposed kinds, ``Linear``, or a subclass that
+            computes the same thing. It is left as it was.
         factors: ``(u, s, vh)`` to use instead of decomposing ``plain.weight``; see :func:`from_factors`.
+        rank: How many values train, per group; the largest ones. None: all.
 
     Raises:
-        ValueError: If the layer is of a kind that has no such factors (transposed convolution, a weight
-            that is itself computed), if its weight holds NaN or infinity, or if the factors do not give
-            the weight back.
+        ValueError: If the layer is of a kind that has no such factors (a weight that is itself computed),
+            if its weight holds NaN or infinity, if the factors do not give the weight back, or if ``rank``
+            is above the layer's. Where a group has fewer values, as in a depthwise convolution, all train.
     """
 
     s: Tensor
     u: Tensor
     vh: Tensor
     a: Tensor | None
+    rest: Tensor | None
     bias: Tensor | None
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -78,18 +98,28 @@ class SVFLayer(nn.Module):
     padding_mode: str
     _shell: Any
 
-    def __init__(self, plain: nn.Module, factors: tuple[Tensor, Tensor, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        plain: nn.Module,
+        factors: tuple[Tensor, Tensor, Tensor] | None = None,
+        rank: int | None = None,
+    ) -> None:
         super().__init__()
         weight = _weight_of(plain)
         convolution = isinstance(plain, _CONVOLUTIONS)
         self.groups: int = plain.groups if convolution else 1  # type: ignore[assignment]
         self.kernel_shape = tuple(weight.shape)  # (O, I / groups, *kernel)
+        self.transposed = isinstance(plain, _TRANSPOSED)
         u, s, vh = decompose(weight, self.groups) if factors is None else factors
+        rest = None
+        if rank is not None:
+            u, s, vh, rest = _leading(u, s, vh, self.groups, rank, weight)
         self.s = nn.Parameter(s)  # (R,)
         # Saved in checkpoints: the decomposition is unique only up to signs, so recomputing it on another
         # machine could pair s with other factors.
         self.register_buffer("u", u)  # (O, R / groups)
         self.register_buffer("vh", vh)  # (R, I / groups * kernel)
+        self.register_buffer("rest", rest)
         self.register_parameter("a", None)
         self.register_parameter("bias", plain.bias)  # type: ignore[arg-type]
 
@@ -117,10 +147,16 @@ class SVFLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The kernel as it stands now, in the shape of the original's; gradients reach ``s`` through it."""
-        return _rebuild(self.u, self.values, self.vh, self.groups).view(self.kernel_shape)
+        weight = _rebuild(self.u, self.values, self.vh, self.groups).view(self.kernel_shape)
+        return weight if self.rest is None else weight + self.rest
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to ``(B, I, ...)``, or ``(..., I)`` if it is linear."""
+    def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """Apply the layer to ``(B, I, ...)``, or ``(..., I)`` if it is linear.
+
+        Args:
+            x: The input.
+            output_size: Height and width wanted of a transposed convolution, as in torch.
+        """
         values = self.values
         factored = torch.is_grad_enabled() and (
             values.requires_grad or self.u.requires_grad or self.vh.requires_grad
@@ -129,13 +165,33 @@ class SVFLayer(nn.Module):
             if not factored:
                 return F.linear(x, self._plain_kernel(), self.bias)
             # Autograd alone does it well here: where u and vh are constants it forms no kernel gradient.
-            return F.linear(F.linear(x, self.vh) * values, self.u, self.bias)
+            y = F.linear(F.linear(x, self.vh) * values, self.u, self.bias)
+            return y if self.rest is None else y + F.linear(x, self.rest)
+        if self.transposed:
+            return self._transposed_convolution(x, output_size, values if factored else None)
         if not factored:
             x, padding = self._pad(x)
             return _convolve(
                 x, self._plain_kernel(), self.bias, (self.stride, padding, self.dilation, self.groups)
             )
         return self._factored_convolution(x, values)
+
+    def _transposed_convolution(
+        self, x: Tensor, output_size: Sequence[int] | None, values: Tensor | None
+    ) -> Tensor:
+        """The transposed order ``V (s (U^T x))``: the small kernel comes first, before the map grows."""
+        spatial = len(self.kernel_shape) - 2
+        output_padding = self._shell._output_padding(
+            x, output_size, self.stride, self.padding, self.kernel_size, spatial, self.dilation
+        )
+        geometry = (self.stride, self.padding, output_padding, self.groups, self.dilation)
+        if values is None:
+            return _TRANSPOSE[spatial](x, self._plain_kernel(), self.bias, *geometry)
+        ones = (1,) * spatial
+        u = self.u.unflatten(0, (self.groups, -1)).mT.flatten(0, 1)  # (R, I / groups)
+        z = _CONVOLVE[spatial](x, u.reshape(*u.shape, *ones), groups=self.groups) * values.view(-1, *ones)
+        y = _TRANSPOSE[spatial](z, self.vh.view(-1, *self.kernel_shape[1:]), self.bias, *geometry)
+        return y if self.rest is None else y + _TRANSPOSE[spatial](x, self.rest, None, *geometry)
 
     def _factored_convolution(self, x: Tensor, values: Tensor) -> Tensor:
         unbatched = x.dim() < len(self.kernel_shape)
@@ -146,13 +202,20 @@ class SVFLayer(nn.Module):
             ones = (1,) * (x.dim() - 2)
             z = _convolve(x, v, None, geometry) * values.view(-1, *ones)
             y = _convolve(z, self.u.view(*self.u.shape, *ones), self.bias, (1, 0, 1, self.groups))
+            if self.rest is not None:
+                y = y + _convolve(x, self.rest, None, geometry)
         else:
             # A custom function is opaque to autocast, so its input is cast here, as autocast would.
             dtype, device = self.vh.dtype, x.device.type
             if torch.is_autocast_enabled(device) and x.dtype != torch.float64 and dtype != torch.float64:
                 dtype = torch.get_autocast_dtype(device)
                 x = x.to(dtype)
-            y, _ = _FactoredConvolution.apply(x, values, self.u, v, self.bias, geometry, dtype)
+            if self.rest is None:
+                y, _ = _FactoredConvolution.apply(x, values, self.u, v, self.bias, geometry, dtype)
+            else:
+                y, *_ = _CorrectedConvolution.apply(
+                    x, values, self.u, v, self.rest, self.bias, geometry, dtype
+                )
         return y[0] if unbatched else y
 
     def _pad(self, x: Tensor) -> tuple[Tensor, Any]:
@@ -177,7 +240,7 @@ class SVFLayer(nn.Module):
         """The kernel for evaluation, without gradient, rebuilt only if a factor has changed since."""
         if torch.compiler.is_compiling():  # a compiled graph cannot ask for versions; it fuses the product
             return self.weight.detach()
-        factors = [t for t in (self.u, self.s, self.vh, self.a) if t is not None]
+        factors = [t for t in (self.u, self.s, self.vh, self.a, self.rest) if t is not None]
         tracked = not any(t.is_inference() for t in factors)  # inference tensors count no versions
         state = [(t.data_ptr(), t._version, t.dtype, t.device) for t in factors] if tracked else None
         if self._kernel is None or state is None or self._kernel[0] != state:
@@ -206,8 +269,8 @@ class SVFLayer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
-        """The layer it stands for and its rank."""
-        return f"{self._described}, rank={len(self.s)}"
+        """The layer it stands for and the number of its values."""
+        return f"{self._described}, rank={len(self.s)}{'' if self.rest is None else ' and a frozen rest'}"
 
 
 _HOOKS = (
@@ -260,21 +323,82 @@ class _FactoredConvolution(torch.autograd.Function):
         groups, ones = ctx.geometry[3], (1,) * (z.dim() - 2)
         positions = (0, *range(2, z.dim()))
         bias_gradient = g.sum(positions).to(ctx.bias_dtype) if ctx.needs_input_grad[4] else None
-        u = u.to(ctx.dtype)
+        # Factors are scaled rather than feature maps, which are larger and would be passed over once more.
         if u.numel() == groups:
-            h = g * u.view(-1, *ones)  # (B, R, ...)
+            h, s_scale, v_scale = g, u.flatten(), s * u.flatten()  # h is U^T g without U's sign
         else:
-            h = _convolve_back(g, z, u.view(*u.shape, *ones), (1, 0, 1, groups))
-        # Sums over thousands of positions: in bfloat16 they would stop growing.
-        wide = torch.promote_types(s.dtype, torch.float32)
-        s_gradient = (z * h).sum(positions, dtype=wide).to(s.dtype) if ctx.needs_input_grad[1] else None
+            kernel = u.to(ctx.dtype).view(*u.shape, *ones)
+            h, s_scale, v_scale = _convolve_back(g, z, kernel, (1, 0, 1, groups)), None, s  # (B, R, ...)
+        s_gradient = None
+        if ctx.needs_input_grad[1]:
+            # Sums over thousands of positions: in bfloat16 they would stop growing.
+            wide = torch.promote_types(s.dtype, torch.float32)
+            s_gradient = (z * h).sum(positions, dtype=wide).to(s.dtype)
+            s_gradient = s_gradient if s_scale is None else s_gradient * s_scale
         if not ctx.needs_input_grad[0]:  # the first trained layer
             return None, s_gradient, None, None, bias_gradient, None, None
         x_like = g.new_empty_strided(ctx.size, ctx.stride)  # only its shape and memory format are read
-        x_gradient = _convolve_back(
-            h.mul_(s.to(ctx.dtype).view(-1, *ones)), x_like, v.to(ctx.dtype), ctx.geometry
+        scaled = (v * v_scale.view(-1, 1, *ones)).to(ctx.dtype)
+        return (
+            _convolve_back(h, x_like, scaled, ctx.geometry),
+            s_gradient,
+            None,
+            None,
+            bias_gradient,
+            None,
+            None,
         )
-        return x_gradient, s_gradient, None, None, bias_gradient, None, None
+
+
+class _CorrectedConvolution(torch.autograd.Function):
+    """``y = (rest + U_k diag(s) V_k^T) * x + bias`` with gradients for ``x``, ``s`` and ``bias`` only.
+
+    One dense convolution each way, as in a frozen layer. On top come ``z = V_k * x`` and ``U_k^T g``, of k
+    channels each, whose product is the gradient of ``s``; only ``z`` and the kernel are kept.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        s: Tensor,
+        u: Tensor,
+        v: Tensor,
+        rest: Tensor,
+        bias: Tensor | None,
+        geometry: Any,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        kernel = rest + _rebuild(u, s, v.flatten(1), geometry[3]).view(rest.shape)
+        kernel = kernel.to(dtype)
+        y = _convolve(x, kernel, None if bias is None else bias.to(dtype), geometry)
+        return y, _convolve(x, v.to(dtype), None, geometry), kernel
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, s, u, _, _, bias, ctx.geometry, ctx.dtype = inputs
+        _, z, kernel = output
+        ctx.mark_non_differentiable(z, kernel)
+        ctx.save_for_backward(z, kernel, s, u)
+        ctx.size, ctx.stride = x.shape, x.stride()
+        ctx.bias_dtype = None if bias is None else bias.dtype
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        z, kernel, s, u = ctx.saved_tensors
+        groups, ones = ctx.geometry[3], (1,) * (z.dim() - 2)
+        positions = (0, *range(2, z.dim()))
+        x_gradient = s_gradient = bias_gradient = None
+        if ctx.needs_input_grad[0]:
+            x_like = g.new_empty_strided(ctx.size, ctx.stride)  # only its shape and memory format are read
+            x_gradient = _convolve_back(g, x_like, kernel, ctx.geometry)
+        if ctx.needs_input_grad[1]:
+            h = _convolve_back(g, z, u.to(ctx.dtype).view(*u.shape, *ones), (1, 0, 1, groups))  # U_k^T g
+            wide = torch.promote_types(s.dtype, torch.float32)
+            s_gradient = (z * h).sum(positions, dtype=wide).to(s.dtype)
+        if ctx.needs_input_grad[5]:
+            bias_gradient = g.sum(positions).to(ctx.bias_dtype)
+        return x_gradient, s_gradient, None, None, None, bias_gradient, None, None
 
 
 def _convolve(x: Tensor, kernel: Tensor, bias: Tensor | None, geometry: Any) -> Tensor:
@@ -344,6 +468,25 @@ def decompose(weight: Tensor, groups: int = 1) -> tuple[Tensor, Tensor, Tensor]:
         return u.to(weight.device), s.to(weight.device), vh.contiguous().to(weight.device)
 
 
+def _leading(
+    u: Tensor, s: Tensor, vh: Tensor, groups: int, rank: int, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The first ``rank`` factors of every group, and what they leave of the weight."""
+    per_group = len(s) // groups
+    if rank < 1 or (rank > per_group and groups == 1):
+        raise ValueError(f"rank={rank} is not between 1 and {per_group}, the rank of this layer")
+    if rank >= per_group:
+        return u, s, vh, None
+    u = u[:, :rank].contiguous()
+    s = s.view(groups, -1)[:, :rank].flatten()
+    vh = vh.unflatten(0, (groups, -1))[:, :rank].flatten(0, 1)
+    with torch.no_grad():
+        device = "cpu" if weight.device.type == "mps" else weight.device  # no float64 on Apple's GPU
+        wide = [factor.to(device, torch.float64) for factor in (u, s, vh)]
+        leading = _rebuild(wide[0], wide[1], wide[2], groups).view(weight.shape)
+        return u, s, vh, (weight.to(device, torch.float64) - leading).to(weight.device, weight.dtype)
+
+
 def from_factors(plain: nn.Module, u: Tensor, s: Tensor, vh: Tensor) -> SVFLayer:
     """The factored layer with given factors, whatever their rank, in the place of ``plain``.
 
@@ -374,7 +517,7 @@ def from_factors(plain: nn.Module, u: Tensor, s: Tensor, vh: Tensor) -> SVFLayer
     return SVFLayer(plain, (fit[0], fit[1], fit[2]))
 
 
-def apply_svf(module: nn.Module, layers: Sequence[str] | None = None) -> nn.Module:
+def apply_svf(module: nn.Module, layers: Sequence[str] | None = None, rank: int | None = None) -> nn.Module:
     """Replace convolutions and linear layers by factored ones, in place.
 
     What the network computes does not change. Layers that are factored already are left alone, so a
@@ -385,12 +528,15 @@ def apply_svf(module: nn.Module, layers: Sequence[str] | None = None) -> nn.Modu
     Args:
         module: A network, or a single layer.
         layers: Names of submodules to look in, such as ``("layer3", "layer4.0.conv1")``; None means all.
+        rank: How many values of a layer are held as factors, the largest ones; None means all. In a grouped
+            layer it counts per group, and a group with fewer gives all it has.
 
     Returns:
         ``module``, or its replacement where ``module`` itself is a layer.
 
     Raises:
-        ValueError: If a name does not exist or holds nothing to factor, or a layer cannot be factored.
+        ValueError: If a name does not exist or holds nothing to factor, or a layer cannot be factored, has
+            a lower rank than asked for, or is factored already at another rank.
 
     Example:
         >>> apply_svf(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()))
@@ -407,11 +553,15 @@ def apply_svf(module: nn.Module, layers: Sequence[str] | None = None) -> nn.Modu
         chosen |= found
     new: dict[nn.Module, nn.Module] = {}
     for plain, name in chosen.items():
-        if not isinstance(plain, SVFLayer):
-            try:
-                new[plain] = SVFLayer(plain)
-            except ValueError as error:
-                raise ValueError(f"{name or type(plain).__name__}: {error}") from None
+        try:
+            if not isinstance(plain, SVFLayer):
+                new[plain] = SVFLayer(plain, rank=rank)
+            elif rank is not None and len(plain.s) > rank * plain.groups:
+                raise ValueError(
+                    f"is factored already, with {len(plain.s)} values and not {rank}; merge_svf first"
+                )
+        except ValueError as error:
+            raise ValueError(f"{name or type(plain).__name__}: {error}") from None
     return _replace(module, new)
 
 
@@ -438,12 +588,57 @@ def singular_values(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def svf_state_dict(module: nn.Module) -> dict[str, Tensor]:
+    """What SVF trains, under the names that ``module.state_dict()`` gives it; not copied.
+
+    That is the ``s`` of every factored layer, its ``a`` where there is one, and ``u`` and ``vh`` only
+    where they train.
+    """
+    return {
+        f"{name}.{part}".lstrip("."): getattr(layer, part).detach()
+        for name, layer in module.named_modules()
+        if isinstance(layer, SVFLayer)
+        for part in ("s", "a", "u", "vh")
+        if layer._parameters.get(part) is not None
+    }
+
+
+def load_svf_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Put back what :func:`svf_state_dict` gave: all of it, or nothing and an error.
+
+    Singular values mean something only beside the factors they were trained with: same base weights, same
+    layers. This function sees names and shapes alone; the files of ``singular_files.py`` check the rest.
+
+    Raises:
+        ValueError: At the first name that is missing, left over or of another shape, or if a value is NaN
+            or infinite.
+    """
+    own = svf_state_dict(module)
+    for name in [*state, *own]:
+        if name not in own:
+            near = difflib.get_close_matches(name, own, n=3) or list(own)[:3]
+            hint = f"did you mean {', '.join(map(repr, near))}?" if near else "call apply_svf first"
+            raise ValueError(f"{name!r} is no value of a factored layer here; {hint}")
+        if name not in state:
+            raise ValueError(f"there is no {name!r} in the state; factor the layers that it was saved from")
+        if state[name].shape != own[name].shape:
+            raise ValueError(
+                f"{name!r} has shape {tuple(state[name].shape)}, here it has {tuple(own[name].shape)}; "
+                "the state belongs to another network or another rank"
+            )
+        if not state[name].isfinite().all():
+            raise ValueError(f"{name!r} holds NaN or infinity; the training that made it has diverged")
+    for name, value in own.items():
+        value.copy_(state[name])
+
+
 def prepare(
     backbone: nn.Module,
     stages: Sequence[str] = ("layer2", "layer3", "layer4"),
     train: Sequence[str] = ("s",),
     kernels: Sequence[str] | None = None,
     parametrization: str = "s",
+    rank: int | None = None,
 ) -> None:
     """Train the singular values, or other factors, of some stages and nothing else in the backbone.
 
@@ -457,10 +652,12 @@ def prepare(
         parametrization: Of the values: "s"; "exp" trains ``a`` in ``s * exp(a)``, so that a large value
             moves further and none changes its sign; "both" trains ``s`` and ``a`` (Table 12). Weight decay
             pulls ``s`` to zero, but ``a`` back to the pretrained network.
+        rank: Factor only the largest values of each layer, that many; see :func:`apply_svf`.
 
     Raises:
-        ValueError: If a stage does not exist or holds nothing to factor, a layer in it cannot be factored,
-            no layer has one of the kernel sizes, or ``train`` or ``parametrization`` is none of the above.
+        ValueError: If a stage does not exist or holds nothing to factor, a layer in it cannot be factored
+            or has a lower rank, no layer has one of the kernel sizes, or ``train`` or ``parametrization``
+            is none of the above.
     """
     if not train or set(train) - {"u", "s", "v"} or isinstance(train, str):
         raise ValueError(f"train must be a list of factors from u, s, v; got {train!r}")
@@ -470,7 +667,7 @@ def prepare(
             f"got {parametrization!r} with train={list(train)}"
         )
     names = list(stages) if kernels is None else _of_kernel_size(backbone, stages, kernels)
-    apply_svf(backbone, names)
+    apply_svf(backbone, names, rank)
     backbone.requires_grad_(False)
     for layer in {layer for name in names for _, layer in _under(backbone, name)}:
         if isinstance(layer, SVFLayer):
@@ -522,7 +719,7 @@ def _weight_of(plain: nn.Module) -> Tensor:
     kind = type(plain).__name__
     plain_forward = (*(cls.forward for cls in _CONVOLUTIONS), nn.Linear.forward)
     if not isinstance(plain, (*_CONVOLUTIONS, nn.Linear)):
-        raise ValueError(f"SVF factors Conv1d, Conv2d, Conv3d and Linear, got {kind}; leave this layer out")
+        raise ValueError(f"SVF factors convolutions and linear layers, got {kind}; leave this layer out")
     if not any(cls.__name__ in _PAD_BY_INPUT_SIZE for cls in type(plain).__mro__) and (
         type(plain).forward not in plain_forward
         or getattr(type(plain), "_conv_forward", None)
@@ -581,7 +778,10 @@ def _merged_weight(layer: SVFLayer) -> Tensor:
         u, s, vh = (t.to(device, torch.float64) for t in (layer.u, layer.s, layer.vh))
         if layer.a is not None:
             s = s * layer.a.to(device, torch.float64).exp()
-        return _rebuild(u, s, vh, layer.groups).view(layer.kernel_shape).to(layer.s.device, layer.s.dtype)
+        weight = _rebuild(u, s, vh, layer.groups).view(layer.kernel_shape)
+        if layer.rest is not None:
+            weight += layer.rest.to(device)
+        return weight.to(layer.s.device, layer.s.dtype)
 
 
 def _plain_layer(layer: SVFLayer) -> nn.Module:
