@@ -1,16 +1,24 @@
 """Official checkpoints in, our models out."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from svf_lightning.backbones import resnet, vgg
 from svf_lightning.backbones.backbone import Backbone
 from svf_lightning.backbones.resnet import Dilation, resnet50, resnet101
 from svf_lightning.backbones.vgg import vgg16
 from svf_lightning.backbones.weights import load_exactly
 from svf_lightning.finetune import svf
+from svf_lightning.models.bam import BAM
 from svf_lightning.models.baseline import Baseline
+from svf_lightning.models.cyctr import CyCTR
+from svf_lightning.models.hsnet import HSNet
+from svf_lightning.models.pfenet import PFENet
+from svf_lightning.models.pspnet import PSPNet
 
 State = dict[str, Tensor]
 
@@ -26,6 +34,9 @@ def from_official(
 
     Args:
         method: "baseline": ``model/aspp.py`` of zechao-li/SVF-few-shot-segmentation.
+            "pfenet": dvlab-research/PFENet. "svf_pfenet": ``model/pfenet.py`` of the SVF authors, with the
+            same keys as the original but another dilation. "hsnet": juhongm999/hsnet. "cyctr":
+            YanFangCS/CyCTR-Pytorch, with its way of sampling tokens; ``addtional_proj`` is dropped.
         state_dict: A whole checkpoint, or its ``state_dict`` entry; a ``module.`` prefix is removed.
             Plain, or with SVF factors (``conv_V.weight``, ``vector_S``, ``conv_U.weight``) of whatever
             rank: the official code cuts the stem's 27 to 24.
@@ -40,9 +51,9 @@ def from_official(
             of another shape.
 
     Example:
-        >>> from_official("unet", {})
+        >>> from_official("unet", {})  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        ValueError: method must be one of baseline; got 'unet'
+        ValueError: method must be one of baseline, ...; got 'unet'
     """
     if method not in _METHODS:
         raise ValueError(f"method must be one of {', '.join(_METHODS)}; got {method!r}")
@@ -59,7 +70,109 @@ def _baseline(state: State, backbone: str, shot: int) -> nn.Module:
     return _fill(model, state, "the checkpoint")
 
 
-_METHODS = {"baseline": _baseline}
+def _pfenet(state: State, backbone: str, shot: int) -> nn.Module:
+    factors = next((key for key in state if key.endswith(".vector_S")), None)
+    if factors is not None:
+        raise ValueError(
+            f"the checkpoint has SVF factors such as {factors!r}, which dvlab-research/PFENet never had; "
+            "import it as method 'svf_pfenet'"
+        )
+    return _fill(PFENet(_backbone(backbone, "uniform"), shot), state, "the checkpoint")
+
+
+def _svf_pfenet(state: State, backbone: str, shot: int) -> nn.Module:
+    return _fill(PFENet(_backbone(backbone, "torchvision"), shot), state, "the checkpoint")
+
+
+def _hsnet(state: State, backbone: str, shot: int) -> nn.Module:
+    """Plain torchvision backbones under ``backbone.``, classifiers included; the learner beside them."""
+    build = {
+        "resnet50": lambda: resnet50(stem="plain", dilation="none"),
+        "resnet101": lambda: resnet101(stem="plain", dilation="none"),
+        "vgg16": lambda: vgg16(batch_norm=False, ceil_mode=False),
+    }
+    if backbone not in build:
+        raise ValueError(f"backbone must be {', '.join(build)}, got {backbone!r}")
+    inside = "backbone."
+    pretrained = {key.removeprefix(inside): value for key, value in state.items() if key.startswith(inside)}
+    staged = vgg.in_stages(pretrained) if backbone == "vgg16" else resnet.in_stages(pretrained, "plain")
+    head = {key: value for key, value in state.items() if not key.startswith(inside)}
+    return _fill(HSNet(build[backbone](), shot), {**staged, **head}, "the checkpoint")
+
+
+def _cyctr(state: State, backbone: str, shot: int) -> nn.Module:
+    """A backbone under ``backbone.body.`` whose BatchNorms are constants, so they never counted batches."""
+    if backbone not in ("resnet50", "resnet101"):
+        raise ValueError(f"backbone must be resnet50 or resnet101 for CyCTR, got {backbone!r}")
+    inside = "backbone.body."
+    pretrained = {key.removeprefix(inside): value for key, value in state.items() if key.startswith(inside)}
+    unused = (inside, "addtional_proj.")
+    head = {key: value for key, value in state.items() if not key.startswith(unused)}
+    network = _backbone(backbone, "torchvision")
+    counts = {k: v for k, v in network.state_dict().items() if k.endswith("num_batches_tracked")}
+    model = CyCTR(network, shot, sampling="official")
+    return _fill(model, {**counts, **resnet.in_stages(pretrained, "deep"), **head}, "the checkpoint")
+
+
+def _bam(state: State, backbone: str, shot: int) -> nn.Module:
+    """Both BAM codes. Base class ids are not in the file: they count from 1 here."""
+    if "learner_base.1.4.bias" not in state:
+        raise ValueError("the checkpoint has no 'learner_base.1.4.bias'; it is no checkpoint of BAM")
+    trained = len(state["kshot_rw.2.bias"]) if "kshot_rw.2.bias" in state else 1
+    if trained != shot:
+        raise ValueError(
+            f"the checkpoint was trained for {trained} shot(s), whose learned weights fit no other number, "
+            f"but shot={shot}; import it with shot={trained}"
+        )
+    state, separate = _name_base_backbone(state)
+    classes = len(state["learner_base.1.4.bias"]) - 1
+    pspnet = PSPNet(_backbone(backbone, "uniform"), classes)
+    model = BAM(
+        pspnet.backbone,
+        shot,
+        base_learner=nn.Sequential(pspnet.ppm, pspnet.cls),
+        base_classes=range(1, classes + 1),
+        own_stages=[f"layer{i}" for i in range(5)] if separate else (),
+    )
+    return _fill(model, state, "the checkpoint")
+
+
+def _name_base_backbone(state: State) -> tuple[State, bool]:
+    """Find the SVF authors' second backbone, ``layer0p`` .. ``layer4p``: the first one before SVF changed it.
+
+    Without SVF it is the first one under other names, and is dropped. Also says whether it is another.
+    """
+    twins = {
+        re.sub(r"^(layer[0-4])p\.", r"\1.", key): key for key in state if re.match(r"layer[0-4]p\.", key)
+    }
+    rest = {key: value for key, value in state.items() if key not in twins.values()}
+    stages = {key for key in state if re.match(r"layer[0-4]\.", key)}
+    if not twins or (
+        twins.keys() == stages and all(torch.equal(state[one], state[other]) for one, other in twins.items())
+    ):
+        return rest, False
+    return rest | {f"base_backbone.{one}": state[other] for one, other in twins.items()}, True
+
+
+def _bam_base(state: State, backbone: str, shot: int) -> nn.Module:
+    """BAM's first stage, in whose files the backbone stands twice: as ``layer0`` and as ``encoder.0``."""
+    if "cls.4.bias" not in state:
+        raise ValueError("the checkpoint has no 'cls.4.bias'; it is no base learner of BAM")
+    state = {key: value for key, value in state.items() if not key.startswith("encoder.")}
+    model = PSPNet(_backbone(backbone, "uniform"), len(state["cls.4.bias"]) - 1)
+    return _fill(model, state, "the checkpoint").requires_grad_(True)
+
+
+_METHODS = {
+    "bam": _bam,
+    "svf_bam": _bam,
+    "bam_base": _bam_base,
+    "baseline": _baseline,
+    "cyctr": _cyctr,
+    "pfenet": _pfenet,
+    "svf_pfenet": _svf_pfenet,
+    "hsnet": _hsnet,
+}
 
 
 def _backbone(name: str, dilation: Dilation) -> Backbone:

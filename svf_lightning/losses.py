@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from svf_lightning.episode import IGNORE, Episode, Prediction
+from svf_lightning.episode import BACKGROUND, IGNORE, Episode, Prediction
 
 
 def cross_entropy(
@@ -12,15 +12,19 @@ def cross_entropy(
     episode: Episode,
     foreground_weight: float = 1.0,
     auxiliary_weight: float = 1.0,
+    void_is_background: bool = False,
 ) -> Tensor:
     """Pixel-wise cross-entropy of the main logits plus the mean of the auxiliary ones.
 
     Args:
         prediction: Main and auxiliary logits, each ``(B, 2, H, W)``.
-        episode: Its ``query_mask`` ``(B, H, W)`` is the target; 255 does not count.
+        episode: Its ``query_mask`` ``(B, H, W)`` is the target; 255 does not count, unless
+            ``void_is_background``.
         foreground_weight: Weight of a foreground pixel relative to a background one. Above 1 it
             speeds up learning where objects are small; the papers use 1.
         auxiliary_weight: Factor of the auxiliary term, 1 in PFENet.
+        void_is_background: Take 255 for background, as HSNet's code does in training. There images
+            are squashed to size; here it makes what pads a crop background, too.
 
     Returns:
         A scalar; zero, with a zero gradient, if every pixel is ignored.
@@ -29,6 +33,8 @@ def cross_entropy(
         Tian et al., PFENet, TPAMI 2020, equation 9 (both weights 1).
     """
     target = episode.query_mask
+    if void_is_background:
+        target = target.masked_fill(target == IGNORE, BACKGROUND)
 
     def term(logits: Tensor) -> Tensor:
         weight = logits.new_tensor([1.0, foreground_weight])

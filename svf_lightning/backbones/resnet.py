@@ -88,7 +88,7 @@ def _resnet(depth: int, weights: str | Path | None, stem: Stem, dilation: Dilati
     )
     if weights is not None:
         state = _torchvision_weights(depth, stem) if weights == "torchvision" else _read(weights, depth, stem)
-        load_exactly(backbone, _rename(state, stem), weights)
+        load_exactly(backbone, in_stages(state, stem), weights)
     return backbone
 
 
@@ -128,8 +128,13 @@ def _read(path: str | Path, depth: int, stem: Stem) -> dict[str, Tensor]:
     return state
 
 
-def _rename(state: dict[str, Tensor], stem: Stem) -> dict[str, Tensor]:
-    """Name a source network's entries as in :class:`Backbone`; the classifier ``fc`` is dropped."""
+def in_stages(state: dict[str, Tensor], stem: Stem) -> dict[str, Tensor]:
+    """Name a source network's entries as in :class:`Backbone`; the classifier ``fc`` is dropped.
+
+    Args:
+        state: In the names of the source network, torchvision's for the plain stem.
+        stem: Its stem; says where the stem's entries stand in ``layer0``.
+    """
     renamed = {}
     for key, tensor in state.items():
         module, _, rest = key.partition(".")

@@ -1,7 +1,8 @@
 """VGG-16 with and without BatchNorm, cut into stages after each pool.
 
 Source: Simonyan and Zisserman, ICLR 2015, configuration D. As in PFENet, BAM and SVF the pools round
-up (``ceil_mode``) and the last one is left out, so the output stride is 16; nothing is dilated.
+up (``ceil_mode``) and the last one is left out, so the output stride is 16; nothing is dilated. HSNet's
+pools round down, as torchvision's.
 """
 
 from pathlib import Path
@@ -15,13 +16,14 @@ from svf_lightning.backbones.weights import download, load_exactly, read_state_d
 WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
 
-def vgg16(weights: str | Path | None = None, batch_norm: bool = True) -> Backbone:
+def vgg16(weights: str | Path | None = None, batch_norm: bool = True, ceil_mode: bool = True) -> Backbone:
     """Build a VGG-16 whose features have 64, 128, 256, 512 and 512 channels.
 
     Args:
         weights: A file with torchvision's names (``vgg16_bn.pth``; without BatchNorm
             ``vgg16-397923af.pth``), "torchvision" to download it, or None for random weights.
         batch_norm: Whether BatchNorm follows each convolution.
+        ceil_mode: Whether pools round odd sizes up. False is torchvision's and HSNet's way.
 
     Raises:
         FileNotFoundError: If the file is missing or the download fails.
@@ -36,14 +38,14 @@ def vgg16(weights: str | Path | None = None, batch_norm: bool = True) -> Backbon
             layers.append(nn.ReLU(inplace=True))
             inputs = width
         if index < 4:
-            layers.append(nn.MaxPool2d(2, stride=2, ceil_mode=True))
+            layers.append(nn.MaxPool2d(2, stride=2, ceil_mode=ceil_mode))
         stages.append(nn.Sequential(*layers))
     backbone = Backbone(stages, channels=(64, 128, 256, 512, 512), strides=(2, 4, 8, 16, 16))
     if weights is None:
         kaiming_init(backbone)
     else:
         state = _torchvision_weights(batch_norm) if weights == "torchvision" else _read(weights, batch_norm)
-        load_exactly(backbone, _rename(state, stages), weights)
+        load_exactly(backbone, in_stages(state), weights)
     return backbone
 
 
@@ -66,9 +68,14 @@ def _read(path: str | Path, batch_norm: bool) -> dict[str, Tensor]:
     return state
 
 
-def _rename(state: dict[str, Tensor], stages: list[nn.Sequential]) -> dict[str, Tensor]:
-    """Turn ``features.17.weight`` into ``layer3.0.weight``; the ``classifier`` is dropped."""
-    places = [f"layer{i}.{j}" for i, stage in enumerate(stages) for j in range(len(stage))]
+def in_stages(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Name torchvision's entries as in :class:`Backbone`; the ``classifier`` is dropped.
+
+    ``features.17.weight`` becomes ``layer3.0.weight`` without BatchNorm, ``layer2.3.weight`` with it.
+    """
+    per_convolution = 3 if "features.1.running_mean" in state else 2  # BatchNorm, ReLU
+    sizes = [per_convolution * len(widths) + 1 for widths in WIDTHS]  # and a pool
+    places = [f"layer{i}.{j}" for i, size in enumerate(sizes) for j in range(size)]
     renamed = {}
     for key, tensor in state.items():
         module, _, rest = key.partition(".")
