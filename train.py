@@ -22,7 +22,7 @@ log = logging.getLogger("svf")
 
 
 @one_line_errors  # for Hydra's errors
-@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+@hydra.main(version_base="1.3", config_path=str(Path(__file__).parent / "conf"), config_name="train")
 @one_line_errors  # for ours, before Hydra adds lines of its own
 def main(cfg: DictConfig) -> float:
     """Build, fit, test, and write the run folder. Returns the test mIoU, for sweepers."""
@@ -30,11 +30,14 @@ def main(cfg: DictConfig) -> float:
     import pytorch_lightning as pl
     from pytorch_lightning.callbacks import ModelCheckpoint
 
-    from svf_lightning import runs
+    from svf_lightning import base_stage, runs
     from svf_lightning.callbacks import EpisodePictures, EpisodeProgress, Finetune
 
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     runs.check(config, multirun=HydraConfig.get().mode is RunMode.MULTIRUN)
+    if config["task"] == "base":
+        return base_stage.train(config)
+    base_stage.provide(config)  # BAM needs a base learner, which may have to be trained first
     folder = Path(config["run_dir"])
     resume = runs.resume_point(folder, config["resume"])
     if resume is None:

@@ -94,10 +94,15 @@ class EpisodePictures(Callback):
 
 
 class EpisodeProgress(ProgressBar):
-    """Show episodes per second and the time left; plain lines where there is no terminal."""
+    """Show episodes per second and the time left; plain lines where there is no terminal.
 
-    def __init__(self) -> None:
+    Args:
+        unit: What a batch holds, in the plural.
+    """
+
+    def __init__(self, unit: str = "episodes") -> None:
         super().__init__()
+        self.unit = unit
         self.bar: Progress | None = None
         self.enabled = True
 
@@ -107,12 +112,14 @@ class EpisodeProgress(ProgressBar):
     def start(self, text: str, total: float) -> None:
         self.stop()
         if self.enabled:
-            self.bar = Progress(text, total=int(total) if total != float("inf") else None, unit="episodes")
+            self.bar = Progress(text, total=int(total) if total != float("inf") else None, unit=self.unit)
 
     def advance(self, batch: Any, note: str = "") -> None:
         if self.bar is not None:
-            episode = batch if isinstance(batch, Episode) else batch[0]
-            self.bar.advance(len(episode.query_image), note)
+            first = batch  # a batch begins with its images, be it an Episode or a pair that begins with one
+            while not isinstance(first, Tensor):
+                first = first[0]
+            self.bar.advance(len(first), note)
 
     def stop(self) -> None:
         if self.bar is not None:
@@ -136,7 +143,7 @@ class EpisodeProgress(ProgressBar):
         self.stop()
         if not trainer.sanity_checking:
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
-            total = self.total_val_batches_current_dataloader * data.test_batch_size
+            total = sum(trainer.num_val_batches) * data.test_batch_size
             self.start("validate", min(total, data.val_episodes))
 
     def on_validation_batch_end(
@@ -149,7 +156,7 @@ class EpisodeProgress(ProgressBar):
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        total = self.total_test_batches_current_dataloader * data.test_batch_size
+        total = sum(trainer.num_test_batches) * data.test_batch_size
         self.start("test", min(total, data.test_episodes))
 
     def on_test_batch_end(

@@ -66,7 +66,7 @@ def resume_point(folder: Path, resume: str | None) -> Path | None:
         return None
     path = folder / "checkpoints" / "last.ckpt" if resume == "last" else Path(resume)
     if resume == "last" and not path.is_file():
-        log.warning("resume=last, but there is no %s: starting afresh", path)
+        log.warning("no checkpoint to resume at %s: starting afresh", path)
         return None
     load_checkpoint(path)
     return path
@@ -105,6 +105,11 @@ def data_source(config: Config) -> Source:
     return _instantiate(config["data"]["source"])
 
 
+def build_backbone(config: Config) -> Any:
+    """Build the backbone of a run, with its pretrained weights."""
+    return _instantiate(config["backbone"])
+
+
 def build_segmenter(config: Config, classes: tuple[int, ...]) -> FewShotSegmenter:
     """Build backbone, method and LightningModule; the fine-tune strategy is not applied yet.
 
@@ -112,7 +117,7 @@ def build_segmenter(config: Config, classes: tuple[int, ...]) -> FewShotSegmente
         config: A whole run's configuration.
         classes: The classes under test, as ids of the data set.
     """
-    network = _instantiate(config["model"]["network"])(_instantiate(config["backbone"]))
+    network = _instantiate(config["model"]["network"])(build_backbone(config))
     recipe = {key: value for key, value in config["model"].items() if key != "network"}
     segmenter = _instantiate({**recipe, "_partial_": True})
     return segmenter(network, classes, identity=identity(config))
@@ -157,6 +162,7 @@ def load_run(folder: str | Path) -> tuple[Config, FewShotSegmenter]:
     config = yaml.safe_load((folder / "config.yaml").read_text())
     checkpoint_path = tested_checkpoint(folder)
     config["backbone"]["weights"] = None  # the checkpoint has them
+    config["model"]["network"].pop("base", None)  # and those of BAM's base learner
     segmenter = build_segmenter(config, data_source(config).classes(config["fold"])[1])
     build_strategy(config)(segmenter.model.backbone)
     checkpoint = load_checkpoint(checkpoint_path)

@@ -15,6 +15,7 @@ FLOORS = {
     "errors": 0,
     "progress": 0,
     "data/datamodule": 3,
+    "data/base_images": 3,
     "data": 1,
     "backbones": 1,
     "finetune": 1,
@@ -24,9 +25,12 @@ FLOORS = {
     "models": 2,
     "checkpoints": 2.5,  # puts weights into methods
     "segmenter": 3,
+    "base_learner": 3.5,
     "callbacks": 3.5,  # holds on to what the segmenter hands out
     "analysis": 3.5,
     "runs": 4,
+    "base_stage": 4.5,
+    "convert": 4.5,
     "predict": 4.5,
     "cli": 5,
 }

@@ -124,6 +124,7 @@ class BAM(nn.Module):
         self.cls_merge = _keep_the_first()
         if shot > 1:
             self.kshot_rw = nn.Sequential(nn.Conv2d(shot, 2, 1), nn.ReLU(inplace=True), nn.Conv2d(2, shot, 1))
+        self.train(self.training)  # Lightning leaves modes as it finds them
 
     def train(self, mode: bool = True) -> "BAM":
         """Set training mode; BatchNorm of the base learner stays in eval mode, like the backbone's."""

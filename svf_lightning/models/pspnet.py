@@ -76,6 +76,7 @@ class PSPNet(nn.Module):
             nn.Dropout2d(0.1),
             nn.Conv2d(512, classes + 1, 1),
         )
+        self.train(self.training)  # Lightning leaves modes as it finds them
 
     def train(self, mode: bool = True) -> "PSPNet":
         """Set training mode, also for the backbone's BatchNorm, which never leaves eval mode by itself."""
