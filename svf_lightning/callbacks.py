@@ -58,7 +58,7 @@ class AfterSteps(Callback):
         if trainer.global_step != self.seen:
             self.seen = trainer.global_step
             if self.seen % self.every == 0:
-                self.function(pl_module.model.backbone)
+                self.function(pl_module.model.backbone)  # type: ignore[union-attr, arg-type]
 
 
 class EpisodePictures(Callback):
