@@ -37,6 +37,9 @@ def from_official(
             "pfenet": dvlab-research/PFENet. "svf_pfenet": ``model/pfenet.py`` of the SVF authors, with the
             same keys as the original but another dilation. "hsnet": juhongm999/hsnet. "cyctr":
             YanFangCS/CyCTR-Pytorch, with its way of sampling tokens; ``addtional_proj`` is dropped.
+            "bam": chunbolang/BAM. "svf_bam": ``model/BAM.py`` of the SVF authors, with a second backbone for
+            the base learner. Class ids are not in their files: base classes count from 1. "bam_base": the
+            PSPNet of BAM's first stage, all of it trainable.
         state_dict: A whole checkpoint, or its ``state_dict`` entry; a ``module.`` prefix is removed.
             Plain, or with SVF factors (``conv_V.weight``, ``vector_S``, ``conv_U.weight``) of whatever
             rank: the official code cuts the stem's 27 to 24.
@@ -164,14 +167,14 @@ def _bam_base(state: State, backbone: str, shot: int) -> nn.Module:
 
 
 _METHODS = {
-    "bam": _bam,
-    "svf_bam": _bam,
-    "bam_base": _bam_base,
     "baseline": _baseline,
     "cyctr": _cyctr,
     "pfenet": _pfenet,
     "svf_pfenet": _svf_pfenet,
     "hsnet": _hsnet,
+    "bam": _bam,
+    "svf_bam": _bam,
+    "bam_base": _bam_base,
 }
 
 
