@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from svf_lightning.backbones.backbone import Backbone
 from svf_lightning.backbones.resnet import resnet50
+from svf_lightning.checkpoints import from_official
 from svf_lightning.episode import Episode, Prediction
 from svf_lightning.finetune import svf
 from svf_lightning.losses import cyctr_dice
@@ -399,6 +401,47 @@ def test_names_shapes_and_counts_are_the_official_ones():
     assert sum(p.numel() for p in model.transformer.parameters()) == 2_474_672
     trainable = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("backbone."))
     assert trainable + sum(math.prod(shape) for shape in UNUSED.values()) == 7_456_692
+
+
+@pytest.fixture(scope="module")
+def official_state():
+    """What an official checkpoint holds, in its own names; layers 1 to 4 are torchvision's."""
+    shapes = {f"module.{k}": shape for k, shape in (OFFICIAL_HEAD | UNUSED).items()}
+    for number, (inputs, outputs) in enumerate([(3, 64), (64, 64), (64, 128)], start=1):
+        shapes[f"module.backbone.body.conv{number}.weight"] = (outputs, inputs, 3, 3)
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            shapes[f"module.backbone.body.bn{number}.{name}"] = (outputs,)
+    for key, tensor in torchvision.models.resnet50().state_dict().items():
+        if key.startswith("layer") and not key.endswith("num_batches_tracked"):
+            shapes[f"module.backbone.body.{key}"] = tuple(tensor.shape)
+    for key in ("layer1.0.conv1", "layer1.0.downsample.0"):  # behind a deep stem
+        name = f"module.backbone.body.{key}.weight"
+        shapes[name] = (shapes[name][0], 128, 1, 1)
+    return {key: torch.full(shape, float(i)) for i, (key, shape) in enumerate(shapes.items())}
+
+
+def test_an_official_checkpoint_finds_its_places(official_state):
+    model = from_official("cyctr", {"epoch": 3, "state_dict": official_state})
+    ours = {key.removeprefix("backbone."): tensor.flatten()[0] for key, tensor in model.state_dict().items()}
+    places = {"conv1": "layer0.0", "bn1": "layer0.1", "conv2": "layer0.3", "bn2": "layer0.4"}
+    places |= {"conv3": "layer0.6", "bn3": "layer0.7"}
+    for key, tensor in official_state.items():
+        if "addtional_proj" not in key:
+            name = key.removeprefix("module.").removeprefix("backbone.body.")
+            module, _, rest = name.partition(".")
+            name = f"{places[module]}.{rest}" if module in places and "backbone" in key else name
+            assert ours.pop(name) == tensor.flatten()[0], key
+    assert all(key.endswith("num_batches_tracked") for key in ours)
+    assert model.transformer.sampling == "official"
+    assert model.backbone.layer3[0].conv2.dilation == (1, 1)  # scheme B
+    assert {n.split(".")[0] for n, p in model.named_parameters() if not p.requires_grad} == {"backbone"}
+
+
+def test_a_checkpoint_of_another_network_is_refused_by_name(official_state):
+    with pytest.raises(ValueError, match=r"level_embed"):
+        from_official("cyctr", {k: v for k, v in official_state.items() if "level_embed" not in k})
+    with pytest.raises(ValueError, match="resnet50 or resnet101"):
+        from_official("cyctr", official_state, backbone="vgg16")
 
 
 @pytest.mark.parametrize(
