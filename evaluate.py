@@ -16,7 +16,7 @@ log = logging.getLogger("svf")
 
 
 @one_line_errors  # for Hydra's errors
-@hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
+@hydra.main(version_base="1.3", config_path=str(Path(__file__).parent / "conf"), config_name="evaluate")
 @one_line_errors  # for ours, before Hydra adds lines of its own
 def main(cfg: DictConfig) -> float:
     """Test the run's weights once per seed and write evaluation.json beside its metrics.json."""

@@ -87,6 +87,7 @@ class FewShotSegmenter(pl.LightningModule):
         epochs: Length of the schedule. Apart from ``trainer.max_epochs``, so that a run stopped
             early and resumed follows the same curve as one that was never stopped.
         seed: Dropout at step ``t`` draws from (seed, t) alone.
+        channels_last: Memory format of the network; the faster one for convolutions on most devices.
         identity: What the checkpoint says of itself (method, backbone, fold, ...), plain
             strings and numbers. A checkpoint that says otherwise is refused.
 
@@ -109,6 +110,7 @@ class FewShotSegmenter(pl.LightningModule):
         schedule: str = "cosine",
         epochs: int = 1,
         seed: int = 0,
+        channels_last: bool = True,
         identity: dict[str, str | int] | None = None,
     ) -> None:
         super().__init__()
@@ -128,6 +130,7 @@ class FewShotSegmenter(pl.LightningModule):
             )
         self.schedule, self.epochs = schedule, epochs
         self.seed = seed
+        self.channels_last = channels_last
         self.identity = identity or {}
         classes = tuple(classes)
         self.validation_iou = FewShotIoU(classes)
@@ -136,6 +139,10 @@ class FewShotSegmenter(pl.LightningModule):
     def forward(self, episode: Episode) -> Prediction:
         """Segment the queries of a batch of episodes."""
         return self.model(episode)
+
+    def setup(self, stage: str) -> None:
+        if self.channels_last:  # after the callbacks' setup, which may replace layers
+            self.model.to(memory_format=torch.channels_last)
 
     def on_train_batch_start(self, batch: Episode, batch_idx: int) -> None:
         # A global stream would run on differently after a resume, or with another validation.

