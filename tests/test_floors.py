@@ -23,12 +23,14 @@ FLOORS = {
     "losses": 1,
     "metrics": 1,
     "models": 2,
+    "singular_files": 2,
     "checkpoints": 2.5,  # puts weights into methods
     "segmenter": 3,
     "base_learner": 3.5,
     "callbacks": 3.5,  # holds on to what the segmenter hands out
     "analysis": 3.5,
     "runs": 4,
+    "check": 4,
     "base_stage": 4.5,
     "convert": 4.5,
     "predict": 4.5,
