@@ -56,7 +56,7 @@ def from_official(
     Example:
         >>> from_official("unet", {})  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        ValueError: method must be one of baseline, ...; got 'unet'
+        ValueError: method must be one of ...; got 'unet'
     """
     if method not in _METHODS:
         raise ValueError(f"method must be one of {', '.join(_METHODS)}; got {method!r}")
