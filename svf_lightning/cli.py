@@ -24,6 +24,9 @@ def svf() -> None:
 @one_line_errors
 def report(
     runs: Annotated[Path, typer.Argument(help="The folder that holds the runs.")] = Path("runs"),
+    table: Annotated[
+        str | None, typer.Option(help="A table of the SVF paper, table05 to table13, beside its numbers.")
+    ] = None,
 ) -> None:
     """Print the novel-class mIoU of finished runs: folds x fine-tuning strategies, with the mean."""
     from rich.console import Console
@@ -31,8 +34,101 @@ def report(
     from svf_lightning.analysis import tables
 
     console = Console()
-    for title, table in tables.report(tables.read_results(runs)):
-        console.print(title, table, sep="\n", highlight=False)
+    results = tables.read_results(runs)
+    for title, grid in tables.published(results, table) if table else tables.report(results):
+        console.print(title, grid, sep="\n", highlight=False)
+
+
+@app.command()
+@one_line_errors
+def check(
+    folder: Annotated[Path, typer.Argument(help="Your images, or a published data set.")],
+    layout: Annotated[str, typer.Option(help="folders, indexed or coco; auto finds out.")] = "auto",
+    shot: Annotated[
+        int, typer.Option(help="Supports per episode; 0 for supports of `svf predict` alone.")
+    ] = 1,
+    sheet: Annotated[
+        Path | None, typer.Option(help="The contact sheet, a PNG. [default: check_<folder>.png]")
+    ] = None,
+) -> None:
+    """Show what is understood of a folder of images, and list everything that is wrong with it.
+
+    Ends with status 1 if there are errors, 0 if there are none or only warnings.
+    """
+    from svf_lightning import check
+
+    survey = check.check(folder, layout, shot)
+    check.print_survey(survey)
+    if survey.ids:
+        sheet = sheet or Path(f"check_{folder.absolute().name}.png")
+        check.draw_survey(survey, sheet)
+        typer.echo(f"wrote {sheet}")
+    raise typer.Exit(int(survey.count("error") > 0))
+
+
+prepare = typer.Typer(
+    help="Make the folder of a published data set from your archives.", no_args_is_help=True
+)
+app.add_typer(prepare, name="prepare")
+
+
+@prepare.command("pascal")
+@one_line_errors
+def prepare_pascal(
+    voc: Annotated[Path, typer.Option(help="VOCtrainval_11-May-2012.tar, or the folder VOC2012.")],
+    sbd: Annotated[Path, typer.Option(help="benchmark.tgz of SBD, or the folder benchmark_RELEASE.")],
+    out: Annotated[Path, typer.Option(help="The folder to make.")] = Path("datasets/VOC2012"),
+) -> None:
+    """Make PASCAL-5i: unpack VOC, convert SBD, merge the lists, compare with published counts."""
+    from svf_lightning.data.prepare import prepare_pascal
+
+    for count in prepare_pascal(voc, sbd, out):
+        typer.echo(count)
+    typer.echo(f"{out} is ready: python train.py data=pascal data.source.root={out}")
+
+
+@prepare.command("coco")
+@one_line_errors
+def prepare_coco(
+    images: Annotated[list[Path], typer.Option(help="train2014.zip, val2014.zip or folders; repeat it.")],
+    annotations: Annotated[
+        list[Path], typer.Option(help="annotations_trainval2014.zip or folder; repeatable.")
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to make.")] = Path("datasets/coco"),
+    year: Annotated[str, typer.Option(help="2014 (PFENet, BAM, SVF, HSNet) or 2017 (CyCTR).")] = "2014",
+) -> None:
+    """Make COCO-20i: unpack images and annotations, draw the labels, compare with published counts."""
+    from svf_lightning.data.prepare import prepare_coco
+
+    for count in prepare_coco(images, annotations, out, year):
+        typer.echo(count)
+    typer.echo(f"{out} is ready: python train.py data=coco data.source.root={out} data.source.year={year}")
+
+
+@app.command()
+@one_line_errors
+def convert(
+    method: Annotated[
+        str, typer.Argument(help="baseline, pfenet, svf_pfenet, bam, svf_bam, cyctr or hsnet.")
+    ],
+    checkpoint: Annotated[Path, typer.Argument(help="The official checkpoint.")],
+    folder: Annotated[Path, typer.Argument(help="The run folder to write.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="More, as train.py takes it: data_dir=/data")
+    ] = None,
+    backbone: Annotated[str, typer.Option(help="resnet50, resnet101 or vgg16.")] = "resnet50",
+    fold: Annotated[
+        int, typer.Option(help="The fold it was trained for; a wrong one tests base classes.")
+    ] = 0,
+    shot: Annotated[int, typer.Option(help="The shots it was trained for.")] = 1,
+    data: Annotated[str, typer.Option(help="The data set it was trained on.")] = "pascal",
+) -> None:
+    """Make a run folder of an official checkpoint, for evaluate.py and predict."""
+    from svf_lightning.convert import convert as write_run
+
+    options = {"backbone": backbone, "fold": fold, "shot": shot, "data": data}
+    write_run(method, checkpoint, folder, **options, overrides=overrides or [])  # type: ignore[arg-type]
+    print(f"wrote {folder}; test it with: python evaluate.py run={folder}")
 
 
 def main() -> None:

@@ -51,10 +51,11 @@ def test_missing_parts_are_listed_with_what_to_fetch(voc):
     message = str(caught.value)
     assert message.startswith(
         "no SegmentationClassAug, ImageSets/Segmentation/voc_sbd_merge_noduplicate.txt under "
-        f"root={root}. Fetch the VOC 2012 trainval archive"
+        f"root={root}. Fetch VOCtrainval_11-May-2012.tar of VOC 2012 and benchmark.tgz of SBD"
     )
-    assert "SBD" in message
-    assert "svf prepare pascal" in message
+    assert (
+        f"`svf prepare pascal --voc VOCtrainval_11-May-2012.tar --sbd benchmark.tgz --out {root}`" in message
+    )
 
 
 def test_a_root_that_is_too_high_is_answered_with_the_right_one(tmp_path):

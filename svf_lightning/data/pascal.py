@@ -74,10 +74,9 @@ class Pascal:
         if inside:
             raise FileNotFoundError(f"root is {root}, but the data lies deeper: use root={inside[0]}")
         raise FileNotFoundError(
-            f"no {', '.join(missing)} under root={root}. Fetch the VOC 2012 trainval archive (JPEGImages and "
-            f"{VAL_LIST}), SBD with VOC's own labels as 8-bit PNGs (SegmentationClassAug, shared by many "
-            "segmentation projects), and the list voc_sbd_merge_noduplicate.txt of PFENet's repository; "
-            "`svf prepare pascal` (coming) will build labels and list from the two archives"
+            f"no {', '.join(missing)} under root={root}. Fetch VOCtrainval_11-May-2012.tar of VOC 2012 and "
+            "benchmark.tgz of SBD (Hariharan et al.), then run `svf prepare pascal --voc "
+            f"VOCtrainval_11-May-2012.tar --sbd benchmark.tgz --out {root}`; folders will do for archives"
         )
 
     def index(self, split: Split) -> ImageIndex:
