@@ -27,7 +27,7 @@ from torch import nn
 
 from svf_lightning.backbones.backbone import Backbone
 from svf_lightning.episode import Episode, Prediction
-from svf_lightning.models.blocks import ASPP, compare, conv_relu, foreground, resize
+from svf_lightning.models.blocks import ASPP, compare, conv_relu, foreground, init_kaiming, resize
 
 
 class Baseline(nn.Module):
@@ -96,9 +96,10 @@ class Baseline(nn.Module):
             *conv_relu(channels, channels, 3), nn.Dropout2d(0.1), nn.Conv2d(channels, 2, 1)
         )
         if init == "kaiming":
-            head = (self.down_query, self.down_supp, self.init_merge, self.ASPP_meta, self.res1_meta, self.res2_meta)
-            for module in (*head, self.cls_meta[0]):
-                module.apply(_kaiming)
+            init_kaiming(
+                *(self.down_query, self.down_supp, self.init_merge, self.ASPP_meta),
+                *(self.res1_meta, self.res2_meta, self.cls_meta[0]),
+            )
             nn.init.normal_(self.cls_meta[-1].weight, std=0.01)  # begins undecided
         self.down_query.requires_grad_(train_down_query)
 
@@ -138,10 +139,3 @@ class Baseline(nn.Module):
         x = self.res1_meta(self.ASPP_meta(x))
         x = self.res2_meta(x) + x
         return Prediction(resize(self.cls_meta(x), episode.query_image.shape[-2:]))
-
-
-def _kaiming(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d):
-        nn.init.kaiming_normal_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

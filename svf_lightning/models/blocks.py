@@ -30,6 +30,22 @@ def conv_relu(
     ]
 
 
+def init_kaiming(*modules: nn.Module) -> None:
+    """Start convolutions so that a signal keeps its size through their ReLUs, and biases at zero.
+
+    Torch's own initialisation shrinks it two- to threefold in each.
+
+    Source:
+        He et al., Delving Deep into Rectifiers, ICCV 2015.
+    """
+    for module in modules:
+        for layer in module.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+
+
 def masked_average_pool(features: Tensor, mask: Tensor, eps: float = 5e-4) -> Tensor:
     """Average the features that lie under a mask: one prototype per image.
 
