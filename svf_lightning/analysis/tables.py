@@ -1,12 +1,14 @@
 """Tables for people who compare: one run's scores, and folds by strategies over many runs."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from svf_lightning.analysis.published import FROZEN, SETTING, SVF, TABLES
 
 
 def print_scores(result: Mapping[str, Any], title: str) -> None:
@@ -53,20 +55,17 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     return results
 
 
+Cells = dict[int, list[float]]  # fold -> mIoU of every seed
+
+
 def report(results: list[dict[str, Any]]) -> list[tuple[str, Table]]:
     """Lay out folds x strategies, one table per data set, method, backbone and number of shots.
 
     Where several seeds of a cell were run, the cell is their mean; a missing fold leaves its cell and
     the row's mean empty, since a mean over fewer folds would not compare.
     """
-    groups: dict[tuple[str, ...], dict[str, dict[int, list[float]]]] = {}
-    for result in results:
-        identity = result["identity"]
-        key: tuple[str, ...] = (identity["data"], identity["model"], identity["backbone"], f"{identity['shot']} shot")
-        cells = groups.setdefault(key, {}).setdefault(identity["finetune"], {})
-        cells.setdefault(identity["fold"], []).append(result["miou"])
     tables = []
-    for title, rows in sorted(groups.items()):
+    for title, rows in _by_setting(results).items():
         folds = sorted({fold for cells in rows.values() for fold in cells})
         table = Table()
         table.add_column("fine-tuning")
@@ -74,9 +73,71 @@ def report(results: list[dict[str, Any]]) -> list[tuple[str, Table]]:
             table.add_column(f"fold {fold}", justify="right")
         table.add_column("mean", justify="right")
         for strategy, cells in sorted(rows.items()):
-            means = [sum(cells[f]) / len(cells[f]) if f in cells else None for f in folds]
-            known = [m for m in means if m is not None]
-            mean = f"{100 * sum(known) / len(known):.2f}" if len(known) == len(folds) else ""
-            table.add_row(strategy, *("" if m is None else f"{100 * m:.2f}" for m in means), mean)
-        tables.append((", ".join(title) + ": novel-class mIoU %", table))
+            table.add_row(strategy, *_percent(cells, folds))
+        tables.append((f"{title}: novel-class mIoU %", table))
     return tables
+
+
+def published(results: list[dict[str, Any]], name: str) -> list[tuple[str, Table]]:
+    """Lay out one of the SVF paper's tables, every run's numbers above the paper's.
+
+    One table per data set, method, backbone and number of shots that has a run of one of its rows. What
+    the frozen backbone and SVF score is added where the table itself does not say.
+
+    Args:
+        results: From :func:`read_results`.
+        name: "table05" to "table13".
+
+    Raises:
+        ValueError: If there is no such table, or no run belongs to it.
+    """
+    if name not in TABLES:
+        raise ValueError(f"table must be one of {', '.join(TABLES)}; got {name!r}")
+    title, columns, rows = TABLES[name]
+    rows += tuple(row for row in (FROZEN, SVF) if row.finetune not in {r.finetune for r in rows})
+    tables = []
+    for setting, cells in _by_setting(results).items():
+        if not {row.finetune for row in TABLES[name].rows} & set(cells):
+            continue
+        table = Table()
+        for head in ("finetune", *columns, ""):
+            table.add_column(head)
+        for head in (*(f"fold {fold}" for fold in range(4)), "mean"):
+            table.add_column(head, justify="right")
+        for row in rows:
+            if row is FROZEN or row is SVF:
+                table.add_section()
+            labels = row.labels or ("",) * len(columns)
+            ours = _percent(cells.get(row.finetune, {}), range(4))
+            theirs = [
+                *(f"{v:.2f}" for v in row.folds or ()),
+                *[""] * (0 if row.folds else 4),
+                f"{row.mean:.2f}",
+            ]
+            table.add_row(row.finetune, *labels, "run", *ours)
+            table.add_row("", *[""] * len(columns), "paper", *theirs, style="dim")
+        tables.append((f"{name}, {title}. Runs: {setting}; paper: {SETTING}. Novel-class mIoU %", table))
+    if not tables:
+        raise ValueError(
+            f"no run of {name}'s strategies is finished; `python train.py sweep={name}` makes them"
+        )
+    return tables
+
+
+def _by_setting(results: list[dict[str, Any]]) -> dict[str, dict[str, Cells]]:
+    """Sort results by data set, method, backbone and shots, then by strategy, then by fold."""
+    groups: dict[str, dict[str, Cells]] = {}
+    for result in results:
+        run = result["identity"]
+        key = f"{run['data']}, {run['model']}, {run['backbone']}, {run['shot']} shot"
+        cells = groups.setdefault(key, {}).setdefault(run["finetune"], {})
+        cells.setdefault(run["fold"], []).append(result["miou"])
+    return dict(sorted(groups.items()))
+
+
+def _percent(cells: Cells, folds: Sequence[int]) -> list[str]:
+    """The mean over seeds for every fold, then the mean over folds if none is missing."""
+    means = [sum(cells[f]) / len(cells[f]) if f in cells else None for f in folds]
+    known = [m for m in means if m is not None]
+    mean = f"{100 * sum(known) / len(known):.2f}" if len(known) == len(folds) else ""
+    return [*("" if m is None else f"{100 * m:.2f}" for m in means), mean]
