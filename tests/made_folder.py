@@ -94,6 +94,8 @@ def draw(class_id: int, number: int, size: int = 160) -> tuple[Image.Image, list
     pen = ImageDraw.Draw(picture)
     pen.polygon(outline, fill=colour, outline=tuple(value // 3 for value in colour))
     centre = np.mean(light, axis=0)
+    if CLASSES[class_id - 1] == "crescent":  # its middle lies outside
+        return picture, outline
     inner = [tuple(centre + 0.5 * (np.asarray(point) - centre)) for point in light]
     pen.polygon(inner, fill=tuple(min(255, value + 40) for value in colour))
     return picture, outline

@@ -206,10 +206,9 @@ def _list_folders(root: Path) -> Listing:
             problems.append(Problem(str(folder), "holds no images", "put some into it, or delete it"))
         mask_folder = mask_folders.get(same_name(name))
         if mask_folder is None:
-            wanted = masks / folder.name
-            problems.append(
-                Problem(str(wanted), f"is missing, so {len(files)} images have no mask", "make it")
-            )
+            if files:
+                found = f"is missing, so that {len(files)} images have no mask"
+                problems.append(Problem(str(masks / folder.name), found, "put their masks into it"))
             continue
         mask_files, odd = image_files(mask_folder)
         problems += odd
