@@ -100,6 +100,31 @@ def build(config: Config) -> tuple[FewShotSegmenter, FewShotDataModule]:
     return segmenter, build_data(config, segmenter.model.backbone)
 
 
+def compose(overrides: Sequence[str], folder: Path) -> Config:
+    """The configuration that ``python train.py OVERRIDES`` would have with ``folder`` as its run folder.
+
+    Raises:
+        FileNotFoundError: If the package lies without its configuration files.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf, open_dict
+
+    files = Path(__file__).parent.parent / "conf"
+    if not files.is_dir():
+        raise FileNotFoundError(
+            f"no configuration files at {files}; run this in a checkout of the repository"
+        )
+    with initialize_config_dir(version_base="1.3", config_dir=str(files)):
+        config = compose("train", list(overrides), return_hydra_config=True)
+    OmegaConf.set_readonly(config, False)
+    with open_dict(config):
+        config.hydra.runtime.output_dir = str(folder)
+        HydraConfig.instance().set_config(config)  # what ${hydra:...} asks
+        del config.hydra
+    return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+
+
 def data_source(config: Config) -> Source:
     """Build the data set's description."""
     return _instantiate(config["data"]["source"])

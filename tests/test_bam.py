@@ -199,3 +199,121 @@ def test_the_base_learner_alone_gives_the_official_numbers():
     assert loss.item() == pytest.approx(case["losses"]["main"], rel=1e-5)
     ours = {n.removeprefix("backbone."): p.grad.norm().item() for n, p in model.named_parameters()}
     assert ours == pytest.approx(case["gradient_norms"], rel=1e-3)
+
+
+def tiny_episode(shot, class_id=1, side=33):
+    generator = torch.Generator().manual_seed(shot)
+    image = torch.randn(2, shot + 1, 3, side, side, generator=generator)
+    mask = torch.randint(0, 2, (2, shot + 1, side, side), generator=generator)
+    return Episode(image[:, 0], mask[:, 0], image[:, 1:], mask[:, 1:], torch.full((2,), class_id))
+
+
+def tiny_bam(shot=1, **options):
+    """A BAM with a VGG-16, a narrow head and three base classes, 6 to 8."""
+    torch.manual_seed(0)
+    pspnet = PSPNet(vgg16(weights=None), classes=3, train_batch_norm=False)
+    learner = nn.Sequential(pspnet.ppm, pspnet.cls)
+    return BAM(
+        pspnet.backbone, shot, base_learner=learner, base_classes=(6, 7, 8), channels=4, **options
+    ).eval()
+
+
+def test_an_image_differs_from_itself_by_nothing_and_from_another_by_its_channels_cosines():
+    generator = torch.Generator().manual_seed(0)
+    query, other = torch.rand(2, 1, 6, 5, 4, generator=generator)
+
+    def cosines(image):
+        rows = image[0].flatten(1)
+        return torch.stack([F.cosine_similarity(row[None], rows) for row in rows])
+
+    expected = (cosines(query) - cosines(other)).square().mean().sqrt()
+    found = gram_difference(query, torch.stack([query, other], dim=1))
+    torch.testing.assert_close(found, torch.stack([torch.zeros(()), expected])[None])
+
+
+def test_the_order_of_the_supports_makes_no_difference():
+    model, episode = tiny_bam(shot=3), tiny_episode(shot=3)
+    order = [2, 0, 1]
+    turned = episode._replace(
+        support_images=episode.support_images[:, order], support_masks=episode.support_masks[:, order]
+    )
+    weights = model.shot_weights(torch.tensor([[0.1, 0.5, 0.3]]))
+    assert weights.unique().numel() == 3  # or nothing would be tested
+    with torch.no_grad():
+        torch.testing.assert_close(model(turned).logits, model(episode).logits)
+
+
+@pytest.mark.parametrize(("trained", "used"), [(5, 1), (1, 5)])
+def test_a_checkpoint_of_another_number_of_shots_is_refused(trained, used):
+    state = {"learner_base.1.4.bias": torch.zeros(16)}
+    if trained > 1:
+        state["kshot_rw.2.bias"] = torch.zeros(trained)
+    with pytest.raises(ValueError, match=rf"trained for {trained} shot\(s\).*but shot={used}"):
+        from_official("bam", state, shot=used)
+
+
+def test_an_episode_of_another_number_of_shots_is_refused():
+    with pytest.raises(ValueError, match=r"weighs 1 shot\(s\) and got 2; take or train one with shot=2"):
+        tiny_bam(shot=1)(tiny_episode(shot=2))
+
+
+def test_a_checkpoint_of_something_else_is_refused():
+    with pytest.raises(ValueError, match="no checkpoint of BAM"):
+        from_official("bam", {"layer0.0.weight": torch.zeros(1)})
+
+
+def test_fine_tuning_does_not_reach_the_base_learner():
+    model, episode = tiny_bam(own_stages=["layer2", "layer3.0", "layer4"]), tiny_episode(shot=1)
+    with torch.no_grad():
+        before = model.outputs(episode)
+        svf.prepare(model.backbone)
+        for name, parameter in model.backbone.named_parameters():
+            if parameter.requires_grad:
+                assert not name.startswith(("layer0", "layer1"))
+                parameter.mul_(1.5)
+        after = model.outputs(episode)
+    torch.testing.assert_close(after.base, before.base)
+    assert not torch.allclose(after.meta, before.meta)
+
+
+def test_stages_that_stay_frozen_are_shared_and_the_others_are_not():
+    model = tiny_bam(own_stages=["layer3", "layer4"])
+    shared = [
+        getattr(model.backbone, f"layer{i}") is getattr(model.base_backbone, f"layer{i}") for i in range(5)
+    ]
+    assert shared == [True, True, True, False, False]
+    assert not hasattr(tiny_bam(), "base_backbone")
+
+
+def test_a_shared_backbone_gives_what_a_copy_of_it_gives():
+    stages = [f"layer{i}" for i in range(5)]
+    with torch.no_grad():
+        separate, shared = (tiny_bam(own_stages=own)(tiny_episode(1)).logits for own in (stages, []))
+    torch.testing.assert_close(separate, shared)
+
+
+def test_training_a_stage_that_the_base_learner_shares_is_refused_by_name():
+    model = tiny_bam(own_stages=["layer4"])
+    svf.prepare(model.backbone, stages=["layer3", "layer4"])
+    with pytest.raises(ValueError, match=r"layer3 of the backbone trains.*own_stages"):
+        model.train()(tiny_episode(shot=1))
+
+
+@pytest.mark.parametrize(("shot", "count"), [(1, 4_917_254), (5, 4_917_281)])
+def test_as_many_parameters_train_as_in_the_official_code(shot, count):
+    pspnet = PSPNet(resnet50(weights=None), 15)
+    learner = nn.Sequential(pspnet.ppm, pspnet.cls)
+    model = BAM(pspnet.backbone, shot, base_learner=learner, base_classes=range(1, 16))
+    frozen.prepare(model.backbone)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
+
+
+def test_batch_norms_learn_statistics_in_the_first_stage_and_never_after():
+    pspnet = PSPNet(vgg16(weights=None), classes=3)
+    norms = [m for m in pspnet.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert all(norm.training for norm in norms)  # as built: Lightning does not call train()
+    learner = nn.Sequential(pspnet.ppm, pspnet.cls)
+    model = BAM(pspnet.backbone, base_learner=learner, base_classes=(1, 2, 3), channels=4)
+    assert model.training
+    assert not any(norm.training for norm in norms)
+    assert not any(norm.training for norm in norms if model.train())
