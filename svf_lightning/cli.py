@@ -131,6 +131,65 @@ def convert(
     print(f"wrote {folder}; test it with: python evaluate.py run={folder}")
 
 
+@app.command()
+@one_line_errors
+def predict(
+    queries: Annotated[list[str], typer.Argument(help="Pictures: files, folders, or 'patterns/*.jpg'.")],
+    support: Annotated[
+        Path | None, typer.Option(help="A folder of images with masks, in a layout of `svf check`.")
+    ] = None,
+    support_image: Annotated[
+        list[Path] | None, typer.Option(help="A support, or a folder of them; repeat it.")
+    ] = None,
+    support_mask: Annotated[list[Path] | None, typer.Option(help="Its mask, or the folder of masks.")] = None,
+    class_name: Annotated[
+        list[str] | None, typer.Option(help="What these supports show: once for all, or once for each.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A run of train.py; without one, a matcher that needs no training.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("predictions"),
+    shots: Annotated[int | None, typer.Option(help="Use at most so many supports of a class.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Pixels on a side that the network sees.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Pictures at once.")] = 8,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
+    probabilities: Annotated[
+        bool, typer.Option(help="Write how likely each pixel shows each class, too.")
+    ] = False,
+) -> None:
+    """Segment pictures by a few examples: masks, overlays and scores of every class.
+
+    Ends with status 1 if a picture failed; the others are done all the same.
+    """
+    from svf_lightning.predict import (
+        FewShotPredictor,
+        find_queries,
+        predict_files,
+        print_report,
+        support_pairs,
+    )
+
+    by_pairs = bool(support_image or support_mask)
+    if by_pairs == (support is not None):
+        raise ValueError("show what to look for: either --support, or --support-image with --support-mask")
+    if class_name and not by_pairs:
+        raise ValueError("--class-name goes with --support-image; --support has the names in its folders")
+    files, failed = find_queries(queries, output)
+    if not files:
+        reasons = "; ".join(f"{name} {reason}" for name, reason in failed.items())
+        raise ValueError(f"there is no picture to segment: {reasons or 'only results are there'}")
+    predictor = FewShotPredictor(checkpoint, image_size=image_size, batch_size=batch_size, device=device)
+    if support is not None:
+        predictor.fit(support, shots=shots)
+    else:
+        images, masks = support_pairs(support_image or [], support_mask or [], class_name or [])
+        predictor.fit(images, masks, shots=shots)
+    typer.echo(predictor.describe())
+    report = predict_files(predictor, files, output, failed=failed, probabilities=probabilities)
+    print_report(report, output)
+    raise typer.Exit(int(bool(report["failed"] or report["not_done"])))
+
+
 def main() -> None:
     """Entry point of the ``svf`` command."""
     app()
