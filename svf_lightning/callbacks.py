@@ -1,5 +1,6 @@
 """What happens around training, one small thing a callback."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 
 from svf_lightning.episode import Episode
 from svf_lightning.progress import Progress
+
+log = logging.getLogger("svf")
 
 
 class Finetune(Callback):
@@ -26,39 +29,16 @@ class Finetune(Callback):
         self.prepare = prepare
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.prepare(pl_module.model.backbone)  # type: ignore[union-attr, arg-type]
-
-
-class AfterSteps(Callback):
-    """Do something to the backbone after every few optimizer steps, such as bounding its weights.
-
-    Runs in ``on_train_batch_end``, the first hook behind the optimizer's step, and counts steps rather
-    than batches, which differ where gradients are accumulated.
-
-    Args:
-        function: Changes a backbone in place.
-        every: Number of steps, 1 or more. Counted from the start of the training, across resumes.
-
-    Raises:
-        ValueError: If ``every`` is less than 1.
-    """
-
-    def __init__(self, function: Callable[[nn.Module], None], every: int) -> None:
-        if every < 1:
-            raise ValueError(f"every must be 1 or more optimizer steps, got {every}")
-        self.function, self.every = function, every
-        self.seen = 0
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.seen = trainer.global_step
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step != self.seen:
-            self.seen = trainer.global_step
-            if self.seen % self.every == 0:
-                self.function(pl_module.model.backbone)  # type: ignore[union-attr, arg-type]
+        model: Any = pl_module.model
+        self.prepare(model.backbone)
+        if stage == "fit" and trainer.is_global_zero:
+            backbone, whole = (
+                sum(p.numel() for p in module.parameters() if p.requires_grad)
+                for module in (model.backbone, model)
+            )
+            log.info(
+                "%s numbers train in the backbone, %s in the head", f"{backbone:,}", f"{whole - backbone:,}"
+            )
 
 
 class EpisodePictures(Callback):

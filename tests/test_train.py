@@ -33,7 +33,7 @@ def test_a_run_leaves_its_scores_pictures_curves_and_all_that_is_needed_to_repea
     assert result["miou"] == pytest.approx(sum(result["class_iou"].values()) / 5)
     assert result["test_episodes"] == 6
     assert result["config"]["fold"] == 0
-    assert result["versions"]["torch"] == torch.__version__
+    assert result["versions"]["torch"] == torch.__version__.split("+")[0]
     assert len(result["commit"]) == 40
     for name in ("episodes.png", "config.yaml", "csv/metrics.csv", "checkpoints/last.ckpt"):
         assert (run / name).stat().st_size > 0
@@ -53,7 +53,9 @@ def test_only_singular_values_of_the_backbone_train(run, emoji_folder):
 def test_two_epochs_and_then_two_more_equal_four_bit_for_bit(train, tmp_path):
     whole = train(tmp_path / "whole", "epochs=4", "test=false")
     parts = train(tmp_path / "parts", "epochs=4", "trainer.max_epochs=2", "test=false")
-    assert not all(torch.equal(a, b) for a, b in zip(weights(whole).values(), weights(parts).values(), strict=True))
+    assert not all(
+        torch.equal(a, b) for a, b in zip(weights(whole).values(), weights(parts).values(), strict=True)
+    )
     train(parts, "epochs=4", "resume=last", "test=false")
     ours, expected = weights(parts), weights(whole)
     assert ours.keys() == expected.keys()
@@ -61,9 +63,9 @@ def test_two_epochs_and_then_two_more_equal_four_bit_for_bit(train, tmp_path):
         assert torch.equal(ours[key], value), key
 
 
-def test_resuming_where_there_is_nothing_starts_afresh_and_says_so(train, tmp_path, caplog):
+def test_resuming_where_there_is_nothing_starts_afresh_and_says_so(train, tmp_path, capsys):
     train(tmp_path / "new", "resume=last", "epochs=1", "test=false")
-    assert "no checkpoint to resume" in caplog.text
+    assert "no checkpoint to resume" in capsys.readouterr().out
     assert (tmp_path / "new" / "checkpoints" / "last.ckpt").exists()
 
 
@@ -125,7 +127,7 @@ def test_the_report_has_a_row_per_strategy_and_a_mean_only_over_all_folds():
         ("shot=30", "shot=30 needs 31"),
         ("selection=best", "selection must be 'last' or 'novel', got 'best'"),
         ("nonsense=1", "Could not override 'nonsense'"),
-        ("model.learning_rate=1", "Key 'learning_rate'"),
+        ("model.learning_rate=1", "Could not override 'model.learning_rate'"),
         ("finetune=svd", "Available options in 'finetune'"),
         ("finetune.stages=[layer7]", "layer7"),
         ("model.optimizer=lion", "optimizer must be 'sgd' or 'adamw', got 'lion'"),
@@ -153,7 +155,9 @@ def test_a_wrong_value_ends_in_one_line_that_names_it(override, message, train, 
         ("finetune=frozen", "made with finetune=svf, this run has finetune=frozen"),
     ],
 )
-def test_a_checkpoint_of_another_run_is_refused_by_what_differs(override, message, run, train, tmp_path, capsys):
+def test_a_checkpoint_of_another_run_is_refused_by_what_differs(
+    override, message, run, train, tmp_path, capsys
+):
     more = ["backbone.name=resnet18", "backbone.weights=null"] if override == "backbone=timm" else []
     with pytest.raises(SystemExit):
         train(tmp_path / "run", f"resume={run}/checkpoints/last.ckpt", override, *more)
