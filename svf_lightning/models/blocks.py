@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+COSINES_AT_ONCE = 2**25  # 128 MB in float32: two pairs of images at 473 pixels, all at 129
+
 
 def resize(x: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     """Resize maps ``(N, C, H, W)`` bilinearly, corners aligned: the rule of PFENet and its heirs."""
@@ -99,11 +101,24 @@ def prior_mask(query: Tensor, support: Tensor, eps: float = 1e-7) -> Tensor:
         Tian et al., PFENet, TPAMI 2020, section 4.2.
     """
     q, s = query.flatten(2), support.flatten(2)  # (N, C, P), (N, C, P')
-    norms = s.norm(dim=1)[:, :, None] * q.norm(dim=1)[:, None, :]
-    similarity = (torch.einsum("ncs,ncq->nsq", s, q) / (norms + eps)).amax(dim=1)  # (N, P)
+    # The P' x P cosines say which support position is best, and are not kept: with a gradient, 50 MB each at
+    # 473 pixels and several of them. Only the best pairs are computed with one, as the maximum passes it on.
+    with torch.no_grad():
+        at_once = max(1, COSINES_AT_ONCE // (q.shape[2] * s.shape[2]))
+        pairs = zip(q.split(at_once), s.split(at_once), strict=True)
+        best = torch.cat([_cosines(a, b, eps).argmax(dim=1) for a, b in pairs])  # (N, P)
+    matched = s.gather(2, best[:, None].expand_as(q))  # (N, C, P)
+    norms = matched.norm(dim=1) * q.norm(dim=1)
+    similarity = (matched * q).sum(dim=1) / (norms + eps)  # (N, P)
     low, high = similarity.amin(dim=1, keepdim=True), similarity.amax(dim=1, keepdim=True)
     prior = (similarity - low) / (high - low + eps)
     return prior.unflatten(1, query.shape[-2:])[:, None]
+
+
+def _cosines(query: Tensor, support: Tensor, eps: float) -> Tensor:
+    """Cosines of all support positions ``(N, C, P')`` with all of the query ``(N, C, P)``: ``(N, P', P)``."""
+    norms = support.norm(dim=1)[:, :, None] * query.norm(dim=1)[:, None, :]
+    return support.mT @ query / (norms + eps)
 
 
 def compare(
