@@ -128,7 +128,7 @@ class BAM(nn.Module):
                 *(self.down_query, self.down_supp, self.init_merge, self.ASPP_meta),
                 *(self.res1_meta, self.res2_meta, self.cls_meta[0]),
             )
-            nn.init.normal_(self.cls_meta[-1].weight, std=0.01)  # begins undecided
+            nn.init.normal_(self.cls_meta.get_parameter("3.weight"), std=0.01)  # begins undecided
 
         self.gram_merge = _keep_the_first()
         self.cls_merge = _keep_the_first()

@@ -100,7 +100,7 @@ class Baseline(nn.Module):
                 *(self.down_query, self.down_supp, self.init_merge, self.ASPP_meta),
                 *(self.res1_meta, self.res2_meta, self.cls_meta[0]),
             )
-            nn.init.normal_(self.cls_meta[-1].weight, std=0.01)  # begins undecided
+            nn.init.normal_(self.cls_meta.get_parameter("3.weight"), std=0.01)  # begins undecided
         self.down_query.requires_grad_(train_down_query)
 
     def forward(self, episode: Episode) -> Prediction:
