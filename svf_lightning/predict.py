@@ -113,7 +113,7 @@ class FewShotPredictor:
         checkpoint: The folder of a run of ``train.py``; None takes `Matcher` on EfficientNet-Lite0 as
             ImageNet trained it, which comes with pip.
         image_size: Side of the square that a picture is fitted into, in pixels; None takes the run's own, or
-            257. More sees smaller things and takes longer.
+            256. More sees smaller things and takes longer.
         batch_size: Pictures that go through the network together.
         device: "cpu", "cuda", ...; None takes a GPU if there is one.
 
@@ -147,7 +147,7 @@ class FewShotPredictor:
         self.model = self.model.to(self.device).eval()
         self.batch_size = batch_size
         backbone = self.model.backbone
-        self.letterbox = Letterbox(image_size or 257, backbone.mean, backbone.std, **settings)
+        self.letterbox = Letterbox(image_size or 256, backbone.mean, backbone.std, **settings)
         self.supports: dict[str, tuple[Tensor, Tensor]] = {}  # (K, 3, T, T) and (K, T, T) of each class
 
     @property

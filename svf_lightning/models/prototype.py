@@ -8,6 +8,11 @@ taken. Where this differs on purpose:
 - The features of three stages count alike: each is brought to unit length at every position before they are
   put side by side, or the stage with the largest numbers would decide alone.
 - All shots share one prototype per side, weighted by area: an object that fills its picture says more.
+- Sizes decide how maps are laid over pictures. At odd sizes (the papers' 8n + 1) positions meet the corners;
+  at even sizes they are the middles of cells. EfficientNet-Lite0 is made for the latter: its padding is
+  lopsided there, its kernels have learned to make up for it, and at odd sizes its features come out half a
+  cell to the lower right. Measured on emoji, fold 0, 150 episodes: mIoU 0.285 at 129 pixels and 0.325 at 128;
+  0.343 at 257 and 0.360 at 256.
 """
 
 from collections.abc import Sequence
@@ -36,7 +41,7 @@ class Matcher(nn.Module):
     at once.
 
     Args:
-        backbone: Five stages; any pretrained one.
+        backbone: Five stages; any pretrained one. See above for the size of the images it should get.
         stages: Stages whose features are compared, of 0 to 4, shallow to deep. The first one's resolution is
             that of the comparison.
         temperature: What cosines are multiplied by, to be logits. It changes probabilities, not masks.
@@ -75,7 +80,7 @@ class Matcher(nn.Module):
         batch = len(images)
         features = self.features(images.flatten(0, 1))  # (BK, C, h, w)
         sides = torch.stack([foreground(masks), (masks == BACKGROUND).float()], dim=2).flatten(0, 1)
-        weights = resize(sides, features.shape[-2:])  # (BK, 2, h, w), soft at the borders
+        weights = _lay(sides, features.shape[-2:], images.shape[-1])  # (BK, 2, h, w), soft at the borders
         sums = torch.einsum("nchw,nshw->nsc", features, weights).unflatten(0, (batch, -1)).sum(dim=1)
         areas = weights.sum(dim=(2, 3)).unflatten(0, (batch, -1)).sum(dim=1)  # (B, 2)
         means = sums / areas.clamp_min(1e-6)[..., None]  # (B, 2, C)
@@ -89,10 +94,20 @@ class Matcher(nn.Module):
         """What `match` does, on features ``(B, C, h, w)`` of queries of ``size`` that are there already."""
         sides = torch.stack([prototypes.background, prototypes.foreground], dim=1)  # (B, 2, C)
         cosine = torch.einsum("bchw,bsc->bshw", F.normalize(features), F.normalize(sides, dim=2))
-        return Prediction(resize(self.temperature * cosine, (size[0], size[1])))
+        return Prediction(_lay(self.temperature * cosine, (size[0], size[1]), size[1]))
 
     def features(self, images: Tensor) -> Tensor:
         """Features of the stages side by side, each of unit length everywhere, shape ``(N, C, h, w)``."""
         stages = self.backbone(images)
         size = stages[self.stages[0]].shape[-2:]
-        return torch.cat([resize(F.normalize(stages[stage]), size) for stage in self.stages], dim=1)
+        unit = [_lay(F.normalize(stages[stage]), size, images.shape[-1]) for stage in self.stages]
+        return torch.cat(unit, dim=1)
+
+
+def _lay(x: Tensor, size: Sequence[int], image_width: int) -> Tensor:
+    """Maps ``(N, C, H, W)`` at another size; what their positions mean follows from the image's width."""
+    if image_width % 2:
+        return resize(x, (size[0], size[1]))
+    if x.shape[-1] > size[1]:
+        return F.interpolate(x, (size[0], size[1]), mode="area")  # loses no object, however small
+    return F.interpolate(x, (size[0], size[1]), mode="bilinear", align_corners=False)
