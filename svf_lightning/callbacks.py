@@ -41,6 +41,39 @@ class Finetune(Callback):
             )
 
 
+class AfterSteps(Callback):
+    """Do something to the backbone after every few optimizer steps, such as bounding its weights.
+
+    Runs in ``on_train_batch_end``, the first hook behind the optimizer's step, and counts steps rather
+    than batches, which differ where gradients are accumulated.
+
+    Args:
+        function: Changes a backbone in place.
+        every: Number of steps, 1 or more. Counted from the start of the training, across resumes.
+
+    Raises:
+        ValueError: If ``every`` is less than 1.
+    """
+
+    def __init__(self, function: Callable[[nn.Module], None], every: int) -> None:
+        if every < 1:
+            raise ValueError(f"every must be 1 or more optimizer steps, got {every}")
+        self.function, self.every = function, every
+        self.seen = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.seen = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step != self.seen:
+            self.seen = trainer.global_step
+            if self.seen % self.every == 0:
+                model: Any = pl_module.model
+                self.function(model.backbone)
+
+
 class EpisodePictures(Callback):
     """Keep the first test episodes with their predictions, for a picture grid.
 
