@@ -247,7 +247,8 @@ def _resize_bilinear(image: Tensor, height: int, width: int) -> Tensor:
     # training run would change with the number of workers.
     x = (torch.arange(width) + 0.5) * (image.shape[-1] / width) - 0.5
     y = (torch.arange(height) + 0.5) * (image.shape[-2] / height) - 0.5
-    return _sample(image, x, y[:, None], mode="bilinear", padding_mode="border")
+    grid = _grid(x, y[:, None], *image.shape[-2:])
+    return _sample(image, grid, mode="bilinear", padding_mode="border")
 
 
 def _resize_nearest(label: Tensor, height: int, width: int) -> Tensor:
@@ -271,17 +272,24 @@ def _rotate(image: Tensor, mask: Tensor, degrees: float) -> tuple[Tensor, Tensor
     down = torch.arange(height)[:, None] - height / 2
     x = cosine * across - sine * down + width / 2  # (H, W), where each pixel comes from
     y = sine * across + cosine * down + height / 2
+    grid = _grid(x, y, height, width)
     # Outside is always zero, so 255 is made the zero of the mask meanwhile.
-    shifted = _sample(mask[None].float() - IGNORE, x, y, mode="nearest", padding_mode="zeros")
-    image = _sample(image, x, y, mode="bilinear", padding_mode="zeros")
+    shifted = _sample(mask[None].float() - IGNORE, grid, mode="nearest", padding_mode="zeros")
+    image = _sample(image, grid, mode="bilinear", padding_mode="zeros")
     return image, (shifted[0] + IGNORE).to(mask.dtype)
 
 
-def _sample(image: Tensor, x: Tensor, y: Tensor, *, mode: str, padding_mode: str) -> Tensor:
-    """Read ``image (C, H, W)`` at columns ``x`` and rows ``y``, in pixels; they broadcast to the new size."""
-    height, width = image.shape[-2:]
+def _grid(x: Tensor, y: Tensor, height: int, width: int) -> Tensor:
+    """Columns ``x`` and rows ``y`` of an image in pixels, which broadcast to the new size, for `_sample`."""
+    grid = torch.empty(*torch.broadcast_shapes(x.shape, y.shape), 2)
     # grid_sample measures from the outer edge of the first pixel, -1, to that of the last one, 1
-    grid = torch.stack(torch.broadcast_tensors((2 * x + 1) / width - 1, (2 * y + 1) / height - 1), dim=-1)
+    grid[..., 0] = (2 * x + 1) / width - 1
+    grid[..., 1] = (2 * y + 1) / height - 1
+    return grid
+
+
+def _sample(image: Tensor, grid: Tensor, *, mode: str, padding_mode: str) -> Tensor:
+    """Read ``image (C, H, W)`` at the positions of ``grid``, shape ``(H', W', 2)``."""
     return F.grid_sample(image[None], grid[None], mode, padding_mode, align_corners=False)[0]
 
 
