@@ -44,7 +44,7 @@ def check(config: Config, multirun: bool = False) -> None:
         raise ValueError(f"selection must be 'last' or 'novel', got {config['selection']!r}")
     if not isinstance(config["shot"], int) or config["shot"] < 1:
         raise ValueError(f"shot must be a whole number of 1 or more, got {config['shot']!r}")
-    if multirun and str(config["trainer"].get("strategy", "")).startswith("ddp"):
+    if multirun and "ddp" in str(config["trainer"].get("strategy", "")).lower():
         raise ValueError(
             "trainer.strategy=ddp cannot run under -m: its processes would start the sweep again; "
             "run the jobs one by one, or sweep with one device each"
@@ -172,23 +172,39 @@ def _instantiate(node: Mapping[str, Any]) -> Any:
         raise
 
 
-def load_run(folder: str | Path) -> tuple[Config, FewShotSegmenter]:
+def load_config(folder: str | Path) -> Config:
+    """Read the configuration of a run.
+
+    Raises:
+        FileNotFoundError: If the folder has none.
+    """
+    path = Path(folder) / "config.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} is not a run folder: it has no config.yaml; name one that train.py made"
+        )
+    return yaml.safe_load(path.read_text())
+
+
+def load_run(folder: str | Path, classes: tuple[int, ...] | None = None) -> tuple[Config, FewShotSegmenter]:
     """Rebuild the segmenter of a finished run, with the weights that the run tested.
+
+    Args:
+        folder: The run's folder.
+        classes: The classes to be tested; None asks the data set, which may have to be there to answer.
 
     Raises:
         FileNotFoundError: If the folder has no configuration or no checkpoint.
         ValueError: If the checkpoint belongs to another method, backbone or fold.
     """
     folder = Path(folder)
-    if not (folder / "config.yaml").is_file():
-        raise FileNotFoundError(
-            f"{folder} is not a run folder: it has no config.yaml; name one that train.py made"
-        )
-    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config = load_config(folder)
     checkpoint_path = tested_checkpoint(folder)
     config["backbone"]["weights"] = None  # the checkpoint has them
     config["model"]["network"].pop("base", None)  # and those of BAM's base learner
-    segmenter = build_segmenter(config, data_source(config).classes(config["fold"])[1])
+    if classes is None:
+        classes = data_source(config).classes(config["fold"])[1]
+    segmenter = build_segmenter(config, classes)
     build_strategy(config)(segmenter.model.backbone)
     checkpoint = load_checkpoint(checkpoint_path)
     check_identity(checkpoint.get("svf_lightning", {}), segmenter.identity)
@@ -368,6 +384,8 @@ def evaluate(
 def trainer_arguments(config: Config) -> dict[str, Any]:
     """Arguments of Lightning's Trainer; the folder is ours, so it makes none of its own."""
     arguments = {key: value for key, value in config["trainer"].items() if key != "_target_"}
+    if isinstance(arguments.get("strategy"), dict):
+        arguments["strategy"] = _instantiate(arguments["strategy"])
     return {**arguments, "default_root_dir": config["run_dir"], "enable_progress_bar": True}
 
 
