@@ -190,6 +190,107 @@ def predict(
     raise typer.Exit(int(bool(report["failed"] or report["not_done"])))
 
 
+@app.command()
+@one_line_errors
+def merge(
+    run: Annotated[Path, typer.Argument(help="A finished run's folder.")],
+    out: Annotated[Path, typer.Argument(help="The new run folder.")],
+) -> None:
+    """Fold what a run trained into plain layers: a run folder without factors that predicts the same."""
+    from svf_lightning import export
+
+    folded = export.merge_run(run, out)
+    typer.echo(f"folded {folded} layers; {out} is a run folder with plain weights in checkpoints/last.ckpt")
+
+
+@app.command()
+@one_line_errors
+def export(
+    run: Annotated[Path, typer.Argument(help="A finished run's folder.")],
+    singular_values: Annotated[
+        Path | None,
+        typer.Option(help="Write the backbone's singular values here, as safetensors; kilobytes."),
+    ] = None,
+    with_head: Annotated[
+        bool,
+        typer.Option("--with-head", help="Add the head to that file: megabytes, but all that is needed."),
+    ] = False,
+    onnx: Annotated[Path | None, typer.Option(help="Write an ONNX model here.")] = None,
+) -> None:
+    """Write a run as a kilobyte file, as an ONNX model, or both.
+
+    A kilobyte file fits the base weights that the run started from, and no others. Alone it restores the
+    backbone; with the head, `svf restore` makes a run of it again.
+    """
+    from svf_lightning import export
+
+    if singular_values is None and onnx is None:
+        raise ValueError("nothing to write; give --singular-values FILE, --onnx FILE or both")
+    if with_head and singular_values is None:
+        raise ValueError("--with-head belongs to --singular-values FILE, which is missing")
+    if singular_values is not None:
+        values = export.export_singular_values(run, singular_values, head=with_head)
+        size = singular_values.stat().st_size / 1000
+        typer.echo(
+            f"{singular_values}: {sum(map(len, values.values.values()))} singular values of "
+            f"{len(values.values)} layers{' and the head' if with_head else ''}, {size:.0f} kB"
+        )
+    if onnx is not None:
+        difference = export.export_onnx(run, onnx)
+        typer.echo(f"{onnx}: agrees with PyTorch within {difference:.0e} of the largest logit")
+
+
+@app.command()
+@one_line_errors
+def restore(
+    file: Annotated[Path, typer.Argument(help="From `svf export RUN --singular-values FILE --with-head`.")],
+    out: Annotated[Path, typer.Argument(help="The new run folder.")],
+) -> None:
+    """Make a run folder from a kilobyte file with its head, on the base weights that it was trained from."""
+    from svf_lightning import export
+
+    export.restore_run(file, out)
+    typer.echo(f"{out} is a run folder; `python evaluate.py run={out}` tests it")
+
+
+@app.command()
+@one_line_errors
+def blend(
+    parts: Annotated[list[str], typer.Argument(help="FILE=WEIGHT for every file; the weights add up to 1.")],
+    out: Annotated[Path, typer.Argument(help="The mixed file.")],
+) -> None:
+    """Mix kilobyte files of the same base weights: `svf blend cats.st=0.3 dogs.st=0.7 both.st`."""
+    from svf_lightning import singular_files
+
+    weights: dict[str | Path, float] = {}
+    for part in parts:
+        file, _, weight = part.rpartition("=")
+        try:
+            weights[file] = weights.get(file, 0.0) + float(weight)
+        except ValueError:
+            raise ValueError(f"{part!r} is not FILE=WEIGHT, such as cats.st=0.3") from None
+    singular_files.write(out, singular_files.blend(weights))
+    typer.echo(f"{out} mixes {len(weights)} files")
+
+
+benchmark = typer.Typer(help="Measure on this machine what the README quotes.", no_args_is_help=True)
+app.add_typer(benchmark, name="benchmark")
+
+
+@benchmark.command("data")
+@one_line_errors
+def benchmark_data(
+    size: Annotated[int, typer.Option(help="Side of the square that the network gets.")] = 473,
+    shot: Annotated[list[int], typer.Option(help="Support images per episode; repeat it.")] = [1, 5],  # noqa: B006
+    images: Annotated[int, typer.Option(help="Photographs to make up.")] = 24,
+    rounds: Annotated[int, typer.Option(help="Of every measurement; the fastest counts.")] = 5,
+) -> None:
+    """Print decoded episodes a second of one worker, where the time goes, and what other ways take."""
+    from svf_lightning.benchmarks.data import run
+
+    typer.echo(run(size, shot, images, rounds))
+
+
 def main() -> None:
     """Entry point of the ``svf`` command."""
     app()

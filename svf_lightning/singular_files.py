@@ -239,7 +239,7 @@ def blend(parts: Mapping[str | Path, float] | Iterable[tuple[SingularValues, flo
 
 def write(path: str | Path, values: SingularValues) -> None:
     """Write a kilobyte file, beside its place first, so that it is never seen half-written."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     tensors = {
         **{f"{name}.s": value for name, value in values.values.items()},
@@ -252,7 +252,7 @@ def write(path: str | Path, values: SingularValues) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    save_file({name: value.contiguous() for name, value in tensors.items()}, part, metadata)
+    part.write_bytes(save({name: value.contiguous() for name, value in tensors.items()}, metadata))
     os.replace(part, path)
 
 

@@ -31,8 +31,10 @@ FLOORS = {
     "analysis": 3.5,
     "runs": 4,
     "check": 4,
+    "benchmarks": 4.5,
     "base_stage": 4.5,
     "convert": 4.5,
+    "export": 4.5,
     "predict": 4.5,
     "cli": 5,
 }
