@@ -135,7 +135,6 @@ class FewShotPredictor:
         if type(batch_size) is not int or batch_size < 1:
             raise ValueError(f"batch_size is {batch_size!r}; use 1 or more")
         self.device = _device(device)
-        settings: dict[str, Any] = {"pad": "mean"}
         self.shot: int | None = None  # that the head was trained for
         if checkpoint is None:
             self.model: Any = Matcher(efficientnet_lite0())
@@ -143,11 +142,11 @@ class FewShotPredictor:
             config, segmenter = runs.load_run(checkpoint, classes=(1,))  # no data set is needed
             self.model, self.shot = segmenter.model, config["shot"]
             image_size = image_size or config["data"]["image_size"]
-            settings = config["data"].get("letterbox") or {}
         self.model = self.model.to(self.device).eval()
         self.batch_size = batch_size
         backbone = self.model.backbone
-        self.letterbox = Letterbox(image_size or 256, backbone.mean, backbone.std, **settings)
+        # Padding as in training. The protocol tests on black, which heads take for an object's border.
+        self.letterbox = Letterbox(image_size or 256, backbone.mean, backbone.std, pad="mean")
         self.supports: dict[str, tuple[Tensor, Tensor]] = {}  # (K, 3, T, T) and (K, T, T) of each class
 
     @property
