@@ -449,6 +449,7 @@ def test_a_checkpoint_of_another_network_is_refused_by_name(official_state):
     [
         ({"sampling": "random"}, "sampling must be"),
         ({"grid": "layer1"}, "grid must be"),
+        ({"init": "zeros"}, "init must be"),
         ({"prior_stages": [5]}, "prior_stages must be"),
         ({"channels": 20}, "divisible by 4 and by heads=8, got 20"),
         ({"tokens_per_shot": 0}, "tokens_per_shot must be"),

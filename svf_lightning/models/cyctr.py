@@ -34,7 +34,14 @@ from torch.nn import functional as F
 
 from svf_lightning.backbones.backbone import Backbone
 from svf_lightning.episode import IGNORE, Episode, Prediction
-from svf_lightning.models.blocks import conv_relu, foreground, masked_average_pool, prior_mask, resize
+from svf_lightning.models.blocks import (
+    conv_relu,
+    foreground,
+    init_kaiming,
+    masked_average_pool,
+    prior_mask,
+    resize,
+)
 
 Sampling = Literal["aligned", "official"]
 
@@ -369,6 +376,8 @@ class CyCTR(nn.Module):
         dropout: Share of channels dropped after the two projections while training.
         prior_stages: Stages whose features give a prior mask each, of 2, 3 and 4. Officially stage 4 alone.
         grid: The stage whose resolution the head works at, "layer3" (official) or "layer2".
+        init: "default" is torch's initialisation of the convolutions (official); "kaiming" keeps signals
+            alive through them and starts undecided, which learns faster in a short training.
 
     Raises:
         ValueError: If an option has none of its values.
@@ -389,6 +398,7 @@ class CyCTR(nn.Module):
         dropout: float = 0.5,
         prior_stages: Sequence[int] = (4,),
         grid: str = "layer3",
+        init: str = "default",
     ) -> None:
         super().__init__()
         if sampling not in ("aligned", "official"):
@@ -399,6 +409,8 @@ class CyCTR(nn.Module):
             raise ValueError(f"prior_stages must be some of 2, 3 and 4, got {list(prior_stages)}")
         if channels % 4 or channels % heads:
             raise ValueError(f"channels must be divisible by 4 and by heads={heads}, got {channels}")
+        if init not in ("default", "kaiming"):
+            raise ValueError(f"init must be 'default' or 'kaiming', got {init!r}")
         if tokens_per_shot < 2:
             raise ValueError(f"tokens_per_shot must be 2 or more, got {tokens_per_shot}")
         self.backbone = backbone
@@ -424,6 +436,10 @@ class CyCTR(nn.Module):
             *conv_relu(channels, channels, 3), *conv_relu(channels, channels, 3)
         )
         self.supp_cls = _classifier(channels)
+        if init == "kaiming":
+            init_kaiming(*(m for n, m in self.named_children() if n not in ("backbone", "transformer")))
+            for classifier in (self.cls, self.supp_cls):
+                nn.init.normal_(classifier.get_parameter("3.weight"), std=0.01)
 
     def forward(
         self,
