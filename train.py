@@ -42,6 +42,8 @@ def main(cfg: DictConfig) -> float:
     resume = runs.resume_point(folder, config["resume"])
     if resume is None:
         runs.move_earlier_results(folder)
+    else:
+        runs.keep_curves(folder)
     runs.write_config(folder, config)
 
     pl.seed_everything(config["seed"], workers=True, verbose=False)

@@ -5,6 +5,7 @@
     runs/<name>/metrics.json            what came out, and all that is needed to repeat it
     runs/<name>/episodes.png            support, query, truth and prediction of some test episodes
     runs/<name>/csv/, tensorboard/      curves
+    runs/<name>/spectra.npz             singular values by epoch, where there are any
 
 The configuration is a plain nested dict whose ``_target_`` entries name classes and functions.
 """
@@ -76,7 +77,10 @@ def move_earlier_results(folder: Path) -> None:
     """Put what an earlier run of the same name left into ``earlier/<n>/``, so that nothing is lost."""
     old = [
         p
-        for name in ("checkpoints", "csv", "tensorboard", "metrics.json", "episodes.png", "config.yaml")
+        for name in (
+            *("checkpoints", "csv", "tensorboard", "metrics.json", "episodes.png", "config.yaml"),
+            *("spectra.npz", "figures"),
+        )
         if (p := folder / name).exists()
     ]
     if not (folder / "checkpoints").exists():
@@ -87,6 +91,13 @@ def move_earlier_results(folder: Path) -> None:
     for path in old:
         path.rename(target / path.name)
     log.warning("moved the earlier run of this name to %s (resume=last would have gone on with it)", target)
+
+
+def keep_curves(folder: Path) -> None:
+    """Give the table of curves a number before a resumed run begins a new one; the logger would delete it."""
+    table = folder / "csv" / "metrics.csv"
+    if table.exists():
+        table.rename(table.with_name(f"metrics-{len(list(table.parent.glob('metrics*.csv')))}.csv"))
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, str | int]:

@@ -177,8 +177,10 @@ def test_impossible_settings_are_refused_by_name(changes, message):
         data_module("fit", **changes).train_dataloader()
 
 
-@pytest.mark.parametrize(("name", "source", "size"), [("emoji", Emoji, 129), ("pascal", Pascal, 473)])
-def test_the_hydra_group_builds_the_module_it_describes(name, source, size):
+@pytest.mark.parametrize(
+    ("name", "source", "size", "episodes"), [("emoji", Emoji, 129, 500), ("pascal", Pascal, 473, 1000)]
+)
+def test_the_hydra_group_builds_the_module_it_describes(name, source, size, episodes):
     run = {"fold": 2, "shot": 5, "seed": 7, "workers": 3, "data_dir": "somewhere"}
     config = OmegaConf.merge(run, {"data": OmegaConf.load(CONF / f"{name}.yaml")})
 
@@ -187,6 +189,6 @@ def test_the_hydra_group_builds_the_module_it_describes(name, source, size):
     assert isinstance(data.source, source)
     assert str(data.source.root).startswith("somewhere/")
     assert data.novel_classes == (11, 12, 13, 14, 15)
-    assert (data.shot, data.seed, data.workers, data.test_episodes) == (5, 7, 3, 1000)
+    assert (data.shot, data.seed, data.workers, data.test_episodes) == (5, 7, 3, episodes)
     assert data.augment.size == data.letterbox.size == size
     assert data.novel_images == "drop"

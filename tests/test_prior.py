@@ -1,4 +1,4 @@
-"""The prior mask, computed without its matrix, against the matrix."""
+"""The prior mask, computed some images at a time, against all cosines at once."""
 
 import pytest
 import torch

@@ -57,6 +57,7 @@ def test_two_epochs_and_then_two_more_equal_four_bit_for_bit(train, tmp_path):
         torch.equal(a, b) for a, b in zip(weights(whole).values(), weights(parts).values(), strict=True)
     )
     train(parts, "epochs=4", "resume=last", "test=false")
+    assert (parts / "csv" / "metrics-1.csv").exists()  # the curves of the first half are not lost
     ours, expected = weights(parts), weights(whole)
     assert ours.keys() == expected.keys()
     for key, value in expected.items():

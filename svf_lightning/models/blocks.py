@@ -101,15 +101,11 @@ def prior_mask(query: Tensor, support: Tensor, eps: float = 1e-7) -> Tensor:
         Tian et al., PFENet, TPAMI 2020, section 4.2.
     """
     q, s = query.flatten(2), support.flatten(2)  # (N, C, P), (N, C, P')
-    # The P' x P cosines say which support position is best, and are not kept: with a gradient, 50 MB each at
-    # 473 pixels and several of them. Only the best pairs are computed with one, as the maximum passes it on.
-    with torch.no_grad():
-        at_once = max(1, COSINES_AT_ONCE // (q.shape[2] * s.shape[2]))
-        pairs = zip(q.split(at_once), s.split(at_once), strict=True)
-        best = torch.cat([_cosines(a, b, eps).argmax(dim=1) for a, b in pairs])  # (N, P)
-    matched = s.gather(2, best[:, None].expand_as(q))  # (N, C, P)
-    norms = matched.norm(dim=1) * q.norm(dim=1)
-    similarity = (matched * q).sum(dim=1) / (norms + eps)  # (N, P)
+    at_once = max(1, COSINES_AT_ONCE // (q.shape[2] * s.shape[2]))
+    # Plainly the maximum of all cosines: picking the best pairs first and computing only these again would
+    # save memory in training, but moves the tiny gradient of stage 4 by 7e-4 against the official code's.
+    pairs = zip(q.split(at_once), s.split(at_once), strict=True)
+    similarity = torch.cat([_cosines(a, b, eps).amax(dim=1) for a, b in pairs])  # (N, P)
     low, high = similarity.amin(dim=1, keepdim=True), similarity.amax(dim=1, keepdim=True)
     prior = (similarity - low) / (high - low + eps)
     return prior.unflatten(1, query.shape[-2:])[:, None]
