@@ -2,13 +2,16 @@
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ProgressBar
 from torch import Tensor, nn
 
 from svf_lightning.episode import Episode
+from svf_lightning.finetune.svf import singular_values
 from svf_lightning.progress import Progress
 
 log = logging.getLogger("svf")
@@ -72,6 +75,60 @@ class AfterSteps(Callback):
             if self.seen % self.every == 0:
                 model: Any = pl_module.model
                 self.function(model.backbone)
+
+
+class SpectraLog(Callback):
+    """Write the singular values of every factored layer, epoch by epoch, to ``spectra.npz`` of the run.
+
+    Runs in ``on_train_start``, where the values are those of the pretrained weights or of the checkpoint that
+    is resumed, and in ``on_train_epoch_end``. What the file holds is told in ``analysis/spectra.py``. A
+    resumed run goes on with the file as far as its checkpoint goes. A run without factored layers leaves no
+    file.
+
+    Args:
+        every: Number of epochs between two entries, 1 or more. The last epoch is always written.
+
+    Raises:
+        ValueError: If ``every`` is less than 1.
+    """
+
+    def __init__(self, every: int = 1) -> None:
+        if every < 1:
+            raise ValueError(f"every must be 1 or more epochs, got {every}")
+        self.every = every
+        self.epochs: list[int] = []
+        self.values: dict[str, list[np.ndarray]] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        path = Path(trainer.default_root_dir) / "spectra.npz"
+        self.epochs, self.values = [], {}
+        if trainer.current_epoch > 0 and path.is_file():
+            with np.load(path) as file:
+                kept = file["epochs"] <= trainer.current_epoch
+                self.epochs = file["epochs"][kept].tolist()
+                self.values = {name: list(file[name][kept]) for name in file.files if name != "epochs"}
+        self._write(trainer, pl_module, trainer.current_epoch)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        done = trainer.current_epoch + 1
+        if done % self.every == 0 or done == trainer.max_epochs:
+            self._write(trainer, pl_module, done)
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> None:
+        model: Any = pl_module.model
+        values = singular_values(model.backbone)
+        if not values or not trainer.is_global_zero:
+            return
+        if epoch not in self.epochs:
+            self.epochs.append(epoch)
+            for name, value in values.items():
+                self.values.setdefault(name, []).append(value.float().cpu().numpy())
+        path = Path(trainer.default_root_dir) / "spectra.npz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        with part.open("wb") as file:  # np.savez would add an ending to a name
+            np.savez(file, epochs=self.epochs, **self.values)  # type: ignore[arg-type]
+        part.replace(path)
 
 
 class EpisodePictures(Callback):

@@ -27,6 +27,10 @@ def report(
     table: Annotated[
         str | None, typer.Option(help="A table of the SVF paper, table05 to table13, beside its numbers.")
     ] = None,
+    figures: Annotated[
+        bool,
+        typer.Option("--figures", help="Draw spectra and curves, too, as in the paper's figures 1 to 6."),
+    ] = False,
 ) -> None:
     """Print the novel-class mIoU of finished runs: folds x fine-tuning strategies, with the mean."""
     from rich.console import Console
@@ -37,6 +41,11 @@ def report(
     results = tables.read_results(runs)
     for title, grid in tables.published(results, table) if table else tables.report(results):
         console.print(title, grid, sep="\n", highlight=False)
+    if figures:
+        from svf_lightning.analysis import drawings
+
+        for path in drawings.draw(runs, results):
+            typer.echo(path)
 
 
 @app.command()

@@ -1,7 +1,8 @@
 """Pictures for people who would rather look."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -12,6 +13,7 @@ from svf_lightning.metrics import intersection_and_union
 SUPPORT_COLOUR = (255, 200, 0)
 TRUTH_COLOUR = (0, 220, 90)
 PREDICTION_COLOUR = (255, 40, 110)
+RISE, FALL = "#c2410c", "#2563eb"  # singular values that grew, and that shrank
 
 
 def overlay(
@@ -100,6 +102,131 @@ def episode_grid(
         row[-1].set_xlabel(f"IoU {100 * iou:.0f}", fontsize=8, labelpad=2)
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, fontsize=9)
+    _save(fig, path)
+
+
+def spectra(
+    stages: Mapping[str, Mapping[str, Mapping[str, np.ndarray]]], folder: Path, name: str, title: str
+) -> list[Path]:
+    """Draw how singular values changed: a figure per stage, a row per kind of layer, a column per block.
+
+    Args:
+        stages: Stage to kind to block to changes ``(R,)``, of the largest value first; from
+            :func:`svf_lightning.analysis.spectra.by_stage`.
+        folder: Where the figures go, as ``<name>_<stage>.png``.
+        name: First part of the file names.
+        title: Stands above, before the stage.
+
+    Returns:
+        The files.
+
+    Source:
+        Figures 2 to 6 of Sun et al., NeurIPS 2022, arXiv:2206.06122.
+    """
+    import matplotlib.pyplot as plt
+
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for stage, kinds in stages.items():
+        blocks = list(dict.fromkeys(block for row in kinds.values() for block in row))
+        limit = max(float(np.abs(values).max()) for row in kinds.values() for values in row.values()) or 1.0
+        fig, axes = plt.subplots(
+            len(kinds),
+            len(blocks),
+            figsize=(1.2 + 1.7 * len(blocks), 0.9 + 1.15 * len(kinds)),
+            squeeze=False,
+            sharey=True,
+            layout="constrained",
+        )
+        for axis_row, (kind, row) in zip(axes, kinds.items(), strict=True):
+            axis_row[0].set_ylabel(kind or "layer", fontsize=8)
+            for axis, block in zip(axis_row, blocks, strict=True):
+                if block not in row:
+                    axis.set_axis_off()
+                    continue
+                values = row[block]
+                if len(values) <= 40:
+                    axis.bar(
+                        np.arange(1, len(values) + 1),
+                        values,
+                        width=0.8,
+                        color=np.where(values > 0, RISE, FALL),
+                    )
+                else:  # hundreds of bars would be thinner than a pixel
+                    x = np.arange(1, len(values) + 1)
+                    for sign, colour in ((1, RISE), (-1, FALL)):
+                        part = np.where(sign * values > 0, values, 0)
+                        axis.fill_between(x, part, step="mid", color=colour, linewidth=0)
+                axis.axhline(0, color="0.6", linewidth=0.6)
+                axis.set_ylim(-1.08 * limit, 1.08 * limit)
+                axis.set_xlim(0.3, len(values) + 0.7)
+                axis.tick_params(labelsize=6, length=2)
+                axis.spines[["top", "right"]].set_visible(False)
+        for axis, block in zip(axes[0], blocks, strict=True):
+            axis.set_title(f"block {block}" if block else stage, fontsize=8)
+        for axis_row in axes:  # a kind without a first block still needs its name
+            if not axis_row[0].axison:
+                axis_row[0].set_axis_on()
+                axis_row[0].tick_params(left=False, bottom=False, labelleft=False, labelbottom=False)
+                axis_row[0].spines[:].set_visible(False)
+        fig.suptitle(f"{title}, {stage}", fontsize=9)
+        fig.supxlabel("singular value, largest first", fontsize=8)
+        fig.supylabel("change in training", fontsize=8)
+        paths.append(folder / f"{name}_{stage}.png")
+        _save(fig, paths[-1])
+    return paths
+
+
+def relative_changes(changes: Mapping[str, float], path: Path) -> None:
+    """Draw one bar per layer: the length of its spectrum's change over that of its pretrained spectrum."""
+    import matplotlib.pyplot as plt
+
+    fig, axis = plt.subplots(figsize=(max(4.0, 1.0 + 0.16 * len(changes)), 3.2), layout="constrained")
+    stages = [name.partition(".")[0] for name in changes]
+    colours = {stage: f"C{i}" for i, stage in enumerate(dict.fromkeys(stages))}
+    axis.bar(range(len(changes)), [100 * c for c in changes.values()], color=[colours[s] for s in stages])
+    axis.set_xticks(range(len(changes)), changes, rotation=90, fontsize=6)
+    axis.set_xlim(-0.7, len(changes) - 0.3)
+    axis.set_ylabel("change of the spectrum, %", fontsize=8)
+    axis.tick_params(axis="y", labelsize=7)
+    axis.spines[["top", "right"]].set_visible(False)
+    _save(fig, path)
+
+
+def learning_curves(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str, path: Path) -> None:
+    """Draw the validation mIoU of strategies over epochs.
+
+    Args:
+        curves: Strategy to epochs ``(E,)`` and mIoU in ``[0, 1]``, ``(E,)``.
+        title: Stands above.
+        path: The PNG to write.
+
+    Source:
+        Figure 1 of Sun et al., NeurIPS 2022, arXiv:2206.06122.
+    """
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
+
+    fig, axis = plt.subplots(figsize=(5.2, 3.4), layout="constrained")
+    order = sorted(curves, key=lambda name: -curves[name][1][-1] if len(curves[name][1]) else 0)
+    for index, name in enumerate(order):  # as they end, from top to bottom; colours repeat after ten
+        epochs, miou = curves[name]
+        axis.plot(epochs, 100 * miou, ("o-", "s--", "^:")[index // 10 % 3], label=name, markersize=3)
+    axis.set_xlabel("epoch", fontsize=8)
+    axis.set_ylabel("novel-class mIoU, %", fontsize=8)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.tick_params(labelsize=7)
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=7, frameon=False)
+    axis.set_title(title, fontsize=8)
+    _save(fig, path)
+
+
+def _save(fig: Any, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     fig.savefig(part, dpi=110, format="png")
     plt.close(fig)
