@@ -96,9 +96,8 @@ def print_survey(survey: Survey) -> None:
         mark = "[bold red]error[/]  " if problem.severity == "error" else "[yellow]warning[/]"
         console.print(f"{mark} {escape(problem.file)}: {escape(problem.found)}")
         console.print(f"        [dim]→ {escape(problem.remedy)}[/]")
-    console.print(
-        f"{survey.count('error')} errors, {survey.count('warning')} warnings, {images} usable images"
-    )
+    counts = (survey.count("error"), "error"), (survey.count("warning"), "warning"), (images, "usable image")
+    console.print(", ".join(f"{count} {what}{'' if count == 1 else 's'}" for count, what in counts))
 
 
 def draw_survey(survey: Survey, path: Path) -> None:
@@ -248,8 +247,9 @@ def _twins(files: Iterable[Path], root: Path) -> list[Problem]:
 
 def _in_parts(error: Exception, root: Path) -> Problem:
     """An error that is about the whole folder."""
-    found, _, remedy = str(error).rpartition(": ")
-    return Problem(str(root), found or remedy, remedy if found else "see above")
+    text = str(error).removeprefix(str(root)).lstrip(": ")
+    found, _, remedy = text.rpartition(": ")
+    return Problem(str(root), found or remedy, remedy if found else "arrange it so, and check again")
 
 
 def _sizes(sizes: Sequence[tuple[int, int]]) -> str:

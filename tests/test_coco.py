@@ -1,8 +1,11 @@
 import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from PIL import Image
 from pycocotools import mask as rle
 
@@ -11,6 +14,8 @@ from svf_lightning.data.coco import Coco, draw_label, read_annotations
 from svf_lightning.data.episodes import EpisodeDataset, class_lists
 from svf_lightning.data.folds import COCO_CLASSES
 from tests.made_coco import CATEGORY_IDS, annotation, instances, make_coco, rectangle
+
+CONF = Path(__file__).parent.parent / "conf" / "data"
 
 
 @pytest.fixture(scope="module")
@@ -354,3 +359,13 @@ def test_an_unknown_year_convention_or_split_is_refused(fresh):
         Coco("anywhere", convention="random")
     with pytest.raises(ValueError, match="split is 'test'"):
         fresh.index("test")
+
+
+def test_the_hydra_group_builds_the_module_it_describes():
+    run = {"fold": 2, "shot": 5, "seed": 7, "workers": 3, "data_dir": "somewhere"}
+    config = OmegaConf.merge(run, {"data": OmegaConf.load(CONF / "coco.yaml")})
+    data = instantiate(config.data, mean=(0.5,) * 3, std=(0.25,) * 3, _convert_="all")
+
+    assert data.source == Coco("somewhere/coco", year="2014", convention="interleaved")
+    assert data.novel_classes == tuple(range(3, 81, 4))
+    assert (data.augment.size, data.augment.scale, data.test_episodes) == (641, [0.8, 1.25], 1000)

@@ -1,14 +1,19 @@
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from PIL import Image
 
 from svf_lightning.data.episodes import EpisodeDataset
 from svf_lightning.data.fss1000 import Fss1000, decode_mask
 from svf_lightning.data.transforms import binary_mask
 from tests.made_fss import make_fss
+
+CONF = Path(__file__).parent.parent / "conf" / "data"
 
 
 @pytest.fixture
@@ -208,3 +213,15 @@ def test_unknown_choices_are_refused():
         Fss1000("anywhere", novel="trn")
     with pytest.raises(ValueError, match="split is 'test'"):
         Fss1000("anywhere").index("test")
+
+
+def test_the_hydra_group_builds_the_module_it_describes(made):
+    source, lists = made
+    run = {"fold": 0, "shot": 5, "seed": 7, "workers": 3, "data_dir": "somewhere"}
+    config = OmegaConf.merge(run, {"data": OmegaConf.load(CONF / "fss1000.yaml")})
+    assert config.data.source.root == "somewhere/fss1000"
+    config.data.source.root = str(source.root)
+    data = instantiate(config.data, mean=(0.5,) * 3, std=(0.25,) * 3, _convert_="all")
+
+    assert {data.source.class_names[i - 1] for i in data.novel_classes} == set(lists["test"])
+    assert (data.augment.size, data.test_episodes) == (225, 2400)

@@ -86,7 +86,7 @@ def read_image(path: str | Path) -> Tensor:
 
 def to_tensor(image: Image.Image) -> Tensor:
     """The values of an RGB image, uint8, shape ``(3, H, W)``."""
-    return torch.from_numpy(np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)))
+    return torch.from_numpy(np.array(np.asarray(image).transpose(2, 0, 1), order="C"))  # copies, always
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
