@@ -48,12 +48,13 @@ def main(cfg: DictConfig) -> float:
 
     pl.seed_everything(config["seed"], workers=True, verbose=False)
     segmenter, data = runs.build(config)
+    chooses = config["selection"] != "last"
     checkpoints = ModelCheckpoint(
         folder / "checkpoints",
         filename="best",
-        monitor="val/miou" if config["selection"] == "novel" else None,
+        monitor="val/miou" if chooses else None,
         mode="max",
-        save_top_k=1 if config["selection"] == "novel" else 0,
+        save_top_k=int(chooses),
         save_last=True,
         enable_version_counter=False,
     )
@@ -78,7 +79,7 @@ def main(cfg: DictConfig) -> float:
         sys.exit(130)
     if not config["test"]:
         return float("nan")
-    chosen = checkpoints.best_model_path if config["selection"] == "novel" else None
+    chosen = checkpoints.best_model_path if chooses else None
     trainer.test(segmenter, datamodule=data, ckpt_path=chosen or None, weights_only=True, verbose=False)
     seconds = {"train": trained - started, "test": time.monotonic() - trained}
     if trainer.is_global_zero:
