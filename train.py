@@ -31,7 +31,7 @@ def main(cfg: DictConfig) -> float:
     from pytorch_lightning.callbacks import ModelCheckpoint
 
     from svf_lightning import base_stage, runs
-    from svf_lightning.callbacks import EpisodePictures, EpisodeProgress, Finetune
+    from svf_lightning.callbacks import EpisodePictures, EpisodeProgress, Finetune, RememberFeatures
 
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     runs.check(config, multirun=HydraConfig.get().mode is RunMode.MULTIRUN)
@@ -67,6 +67,7 @@ def main(cfg: DictConfig) -> float:
             *runs.build_callbacks(config),
             checkpoints,
             pictures,
+            RememberFeatures(),
             EpisodeProgress(),
         ],
     )

@@ -375,7 +375,7 @@ def evaluate(
     import pytorch_lightning as pl
 
     from svf_lightning.analysis import tables
-    from svf_lightning.callbacks import EpisodeProgress
+    from svf_lightning.callbacks import EpisodeProgress, RememberFeatures
 
     if episode_list is not None and episodes is not None:
         raise ValueError(f"episodes={episodes} cannot be had from {episode_list}, which has its own number")
@@ -393,7 +393,8 @@ def evaluate(
     for seed in seeds:
         config["data"]["episode_seed"] = seed
         data = build_data(config, segmenter.model.backbone)
-        trainer = pl.Trainer(**trainer_arguments(config), logger=False, callbacks=[EpisodeProgress()])
+        callbacks = [RememberFeatures(), EpisodeProgress()]
+        trainer = pl.Trainer(**trainer_arguments(config), logger=False, callbacks=callbacks)
         started = time.monotonic()
         trainer.test(segmenter, datamodule=data, verbose=False)
         seconds = time.monotonic() - started
