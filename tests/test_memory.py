@@ -1,10 +1,12 @@
 """Features computed once per image: what is computed again, and that nothing else changes."""
 
+import numpy as np
 import pytest
 import torch
 
 from svf_lightning.backbones.memory import remember_features
 from svf_lightning.backbones.resnet import resnet50
+from svf_lightning.predict import FewShotPredictor
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +80,18 @@ def test_half_precision_and_full_precision_are_not_mixed_up(backbone, computed):
         with torch.autocast("cpu", torch.bfloat16):
             half = backbone(IMAGES[:1])
     assert (full[4].dtype, half[4].dtype) == (torch.float32, torch.bfloat16)
+
+
+def test_a_trained_predictor_computes_supports_and_pictures_once_for_all_classes(train, tmp_path):
+    predictor = FewShotPredictor(train(tmp_path / "run", "epochs=1"), batch_size=2)
+    passes = []
+    predictor.model.backbone.layer0.register_forward_pre_hook(lambda m, args: passes.append(len(args[0])))
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
+    mask = np.zeros((64, 64), np.uint8)
+    mask[16:48, 16:48] = 255
+
+    predictor.fit({"a": [pixels[0]], "b": [pixels[1]]}, {"a": [mask], "b": [mask]})
+    results = predictor.predict(list(pixels[2:]))
+
+    assert [result.mask.shape for result in results] == [(64, 64)] * 3
+    assert sum(passes) == 2 + 3
