@@ -104,11 +104,15 @@ def test_fss1000_from_its_folder_to_a_score(train_and_evaluate, tmp_path):
     assert_scores_of(results, lists["test"])
 
 
-@pytest.mark.parametrize("layout", ["folders", "indexed", "coco"])
-def test_own_images_from_their_folder_to_a_score(layout, train_and_evaluate, tmp_path):
+@pytest.mark.parametrize(
+    ("layout", "novel"), [("folders", ["leaf"]), ("indexed", ["leaf", "star"]), ("coco", ["star", "leaf"])]
+)
+def test_own_images_from_their_folder_to_a_score(layout, novel, train_and_evaluate, tmp_path):
     make_folder(tmp_path / "photos", layout, images=4, size=64)
 
     svf("check", tmp_path / "photos", "--sheet", tmp_path / "sheet.png")
-    results = train_and_evaluate("data=folder", f"data.root={tmp_path / 'photos'}", "data.novel=[leaf,star]")
+    results = train_and_evaluate(
+        "data=folder", f"data.root={tmp_path / 'photos'}", f"data.novel=[{','.join(novel)}]"
+    )
 
-    assert_scores_of(results, ["leaf", "star"])
+    assert_scores_of(results, novel)
