@@ -31,7 +31,7 @@ def main(cfg: DictConfig) -> float:
     from pytorch_lightning.callbacks import ModelCheckpoint
 
     from svf_lightning import base_stage, runs
-    from svf_lightning.callbacks import EpisodePictures, EpisodeProgress, Finetune
+    from svf_lightning.callbacks import EpisodePictures, EpisodeProgress, Finetune, RememberFeatures
 
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     runs.check(config, multirun=HydraConfig.get().mode is RunMode.MULTIRUN)
@@ -48,12 +48,13 @@ def main(cfg: DictConfig) -> float:
 
     pl.seed_everything(config["seed"], workers=True, verbose=False)
     segmenter, data = runs.build(config)
+    chooses = config["selection"] != "last"
     checkpoints = ModelCheckpoint(
         folder / "checkpoints",
         filename="best",
-        monitor="val/miou" if config["selection"] == "novel" else None,
+        monitor="val/miou" if chooses else None,
         mode="max",
-        save_top_k=1 if config["selection"] == "novel" else 0,
+        save_top_k=int(chooses),
         save_last=True,
         enable_version_counter=False,
     )
@@ -66,6 +67,7 @@ def main(cfg: DictConfig) -> float:
             *runs.build_callbacks(config),
             checkpoints,
             pictures,
+            RememberFeatures(),
             EpisodeProgress(),
         ],
     )
@@ -78,7 +80,7 @@ def main(cfg: DictConfig) -> float:
         sys.exit(130)
     if not config["test"]:
         return float("nan")
-    chosen = checkpoints.best_model_path if config["selection"] == "novel" else None
+    chosen = checkpoints.best_model_path if chooses else None
     trainer.test(segmenter, datamodule=data, ckpt_path=chosen or None, weights_only=True, verbose=False)
     seconds = {"train": trained - started, "test": time.monotonic() - trained}
     if trainer.is_global_zero:

@@ -12,6 +12,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from svf_lightning.backbones.backbone import Backbone
 from svf_lightning.backbones.weights import load_exactly
+from svf_lightning.data.folds import class_roles
 from svf_lightning.data.index import Source, replace_file
 from svf_lightning.episode import IGNORE
 from svf_lightning.models.bam import BAM
@@ -136,6 +137,7 @@ def bam(
     base: str | Path | None = None,
     backbone_name: str | None = None,
     force: bool = False,
+    selection: str = "novel",
     own_stages: Sequence[str] | None = None,
     **options: Any,
 ) -> BAM:
@@ -149,6 +151,7 @@ def bam(
             None leaves backbone and base learner as they are, for a checkpoint of BAM to fill.
         backbone_name: What a file of ours must call its backbone; None accepts any that fits.
         force: Take a base learner of another fold all the same, although it has seen novel classes.
+        selection: "base" if the run keeps base classes for validation, which the base learner must not know.
         own_stages: Of :class:`BAM`; None is no stage.
         options: Of :class:`BAM`.
 
@@ -156,10 +159,18 @@ def bam(
         FileNotFoundError: If there is no such file.
         ValueError: If it is damaged, or was trained for another data set, fold or backbone.
     """
-    classes = source.classes(fold)[0]
+    classes = class_roles(*source.classes(fold), selection).train
     pspnet = PSPNet(backbone, len(classes))
     if base is not None:
-        classes = load_base(pspnet, base, source=source, fold=fold, backbone_name=backbone_name, force=force)
+        classes = load_base(
+            pspnet,
+            base,
+            source=source,
+            fold=fold,
+            selection=selection,
+            backbone_name=backbone_name,
+            force=force,
+        )
     learner = nn.Sequential(pspnet.ppm, pspnet.cls)
     return BAM(backbone, base_learner=learner, base_classes=classes, own_stages=own_stages or (), **options)
 
@@ -184,6 +195,7 @@ def load_base(
     *,
     source: Source,
     fold: int,
+    selection: str = "novel",
     backbone_name: str | None = None,
     force: bool = False,
 ) -> tuple[int, ...]:
@@ -197,6 +209,7 @@ def load_base(
         path: The file.
         source: The data set of this run.
         fold: The fold of this run.
+        selection: Of this run; see :func:`bam`.
         backbone_name: The backbone of this run; None accepts any that fits.
         force: Accept another fold, or an unknown one.
 
@@ -221,16 +234,17 @@ def load_base(
         ) from error
     if header is None:
         state, header = _of_the_original(path, state, source)
-    classes = source.classes(fold)[0]
+    classes = class_roles(*source.classes(fold), selection).train
     run = {"data": source.name, "backbone": backbone_name, "dilations": dilations(model.backbone)}
-    again = f"train one for it with `python train.py task=base fold={fold}`"
+    again = f"train one for it with `python train.py task=base fold={fold} selection={selection}`"
     for name, value in run.items():
         found = header.get(name)
         if found is not None and value is not None and found != value:
             raise ValueError(f"{path} was trained with {name}={found}, this run has {name}={value}; {again}")
     if header["count"] != len(classes):
         raise ValueError(
-            f"{path} knows {header['count']} base classes, {source.name} has {len(classes)} a fold; {again}"
+            f"{path} knows {header['count']} base classes, {source.name} has {len(classes)} to learn a fold "
+            f"with selection={selection}; {again}"
         )
     if header["classes"] != list(classes) and not force:
         known = "an unknown fold" if header["fold"] is None else f"fold {header['fold']}"

@@ -9,12 +9,13 @@ from typing import Any
 from svf_lightning import runs
 from svf_lightning.base_learner import BaseSegmenter, save_base
 from svf_lightning.data.base_images import BaseDataModule
+from svf_lightning.data.folds import class_roles
 from svf_lightning.models.pspnet import PSPNet
 
 log = logging.getLogger("svf")
 
 _OF_DATA = ("image_size", "batch_size", "augment")
-_NOT_OF_SEGMENTER = (*_OF_DATA, "run_name", "train_batch_norm")
+_NOT_OF_SEGMENTER = (*_OF_DATA, "run_name", "suffix", "train_batch_norm")
 
 
 def provide(config: runs.Config) -> None:
@@ -73,7 +74,7 @@ def train(config: runs.Config) -> float:
 
     pl.seed_everything(config["seed"], workers=True, verbose=False)
     source = runs.data_source(config)
-    classes = source.classes(config["fold"])[0]
+    classes = class_roles(*source.classes(config["fold"]), config["selection"]).train
     backbone = runs.build_backbone(config)
     model = PSPNet(backbone, len(classes), train_batch_norm=settings["train_batch_norm"])
     header = {
@@ -90,7 +91,7 @@ def train(config: runs.Config) -> float:
     )
     data = BaseDataModule(
         source,
-        fold=config["fold"],
+        classes=classes,
         mean=backbone.mean,
         std=backbone.std,
         seed=config["seed"],

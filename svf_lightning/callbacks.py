@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ProgressBar
 from torch import Tensor, nn
 
+from svf_lightning.backbones.memory import remember_features
 from svf_lightning.episode import Episode
 from svf_lightning.finetune.svf import singular_values
 from svf_lightning.progress import Progress
@@ -129,6 +131,28 @@ class SpectraLog(Callback):
         with part.open("wb") as file:  # np.savez would add an ending to a name
             np.savez(file, epochs=self.epochs, **self.values)  # type: ignore[arg-type]
         part.replace(path)
+
+
+class RememberFeatures(Callback):
+    """Compute the backbone's features of an image once per validation or test, not once per episode.
+
+    Begins and ends with each of them, since training changes the weights in between.
+    """
+
+    def __init__(self) -> None:
+        self.memory = ExitStack()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        model: Any = pl_module.model
+        self.memory.enter_context(remember_features(model.backbone))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.memory.close()
+
+    on_test_start, on_test_end = on_validation_start, on_validation_end
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.memory.close()
 
 
 class EpisodePictures(Callback):

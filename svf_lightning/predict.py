@@ -13,6 +13,7 @@ import glob
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from torch.nn import functional as F
 from svf_lightning import runs
 from svf_lightning.analysis.overlays import add_legend, class_colour, tint
 from svf_lightning.backbones.efficientnet import efficientnet_lite0
+from svf_lightning.backbones.memory import remember_features
 from svf_lightning.data.folder import read_item
 from svf_lightning.data.index import open_image, replace_file, to_rgb, to_tensor
 from svf_lightning.data.listing import image_files, list_folder, pair_masks, printable
@@ -105,9 +107,9 @@ class FewShotPredictor:
     the paper's summing baseline, gets them in groups of that many, and the log-odds of the groups are
     averaged; the last group is filled up with supports from the beginning.
 
-    Supports are read and resized once, in `fit`. The training-free matcher also computes their features
-    once; the methods of the papers take query and supports together, so they compute them again for every
-    batch.
+    Supports are read and resized once, in `fit`, and no image goes through the backbone twice: neither the
+    supports with the next pictures, nor a picture in which another class is sought. (HSNet takes features
+    from inside of the backbone, and computes them every time.)
 
     Args:
         checkpoint: The folder of a run of ``train.py``; None takes `Matcher` on EfficientNet-Lite0 as
@@ -145,6 +147,9 @@ class FewShotPredictor:
         self.model = self.model.to(self.device).eval()
         self.batch_size = batch_size
         backbone = self.model.backbone
+        # For as long as this object lives: supports, and a picture in which several classes are sought.
+        self._memory = ExitStack()
+        self._memory.enter_context(remember_features(backbone))
         # Padding as in training. The protocol tests on black, which heads take for an object's border.
         self.letterbox = Letterbox(image_size or 256, backbone.mean, backbone.std, pad="mean")
         self.supports: dict[str, tuple[Tensor, Tensor]] = {}  # (K, 3, T, T) and (K, T, T) of each class

@@ -16,7 +16,9 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,11 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from svf_lightning.data import episode_list as episode_lists
 from svf_lightning.data.datamodule import FewShotDataModule
+from svf_lightning.data.folds import SELECTIONS, class_roles
 from svf_lightning.data.index import Source
+from svf_lightning.data.protocol import describe, episode_rows
 from svf_lightning.episode import Episode
 from svf_lightning.segmenter import FewShotSegmenter, check_identity
 
@@ -41,8 +46,9 @@ def check(config: Config, multirun: bool = False) -> None:
     Raises:
         ValueError: Naming the value and what is allowed.
     """
-    if config["selection"] not in ("last", "novel"):
-        raise ValueError(f"selection must be 'last' or 'novel', got {config['selection']!r}")
+    if config["selection"] not in SELECTIONS:
+        known = ", ".join(map(repr, SELECTIONS))
+        raise ValueError(f"selection must be one of {known}, got {config['selection']!r}")
     if not isinstance(config["shot"], int) or config["shot"] < 1:
         raise ValueError(f"shot must be a whole number of 1 or more, got {config['shot']!r}")
     if multirun and "ddp" in str(config["trainer"].get("strategy", "")).lower():
@@ -95,9 +101,7 @@ def move_earlier_results(folder: Path) -> None:
 
 def keep_curves(folder: Path) -> None:
     """Give the table of curves a number before a resumed run begins a new one; the logger would delete it."""
-    table = folder / "csv" / "metrics.csv"
-    if table.exists():
-        table.rename(table.with_name(f"metrics-{len(list(table.parent.glob('metrics*.csv')))}.csv"))
+    _keep_earlier(folder / "csv" / "metrics.csv")
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, str | int]:
@@ -107,7 +111,8 @@ def identity(config: Mapping[str, Any]) -> dict[str, str | int]:
 
 def build(config: Config) -> tuple[FewShotSegmenter, FewShotDataModule]:
     """Build the LightningModule and the LightningDataModule of a run; no file of the data set is read yet."""
-    segmenter = build_segmenter(config, data_source(config).classes(config["fold"])[1])
+    roles = class_roles(*data_source(config).classes(config["fold"]), config["selection"])
+    segmenter = build_segmenter(config, roles.test, roles.validation)
     return segmenter, build_data(config, segmenter.model.backbone)
 
 
@@ -146,17 +151,20 @@ def build_backbone(config: Config) -> Any:
     return _instantiate(config["backbone"])
 
 
-def build_segmenter(config: Config, classes: tuple[int, ...]) -> FewShotSegmenter:
+def build_segmenter(
+    config: Config, classes: tuple[int, ...], validation_classes: tuple[int, ...] | None = None
+) -> FewShotSegmenter:
     """Build backbone, method and LightningModule; the fine-tune strategy is not applied yet.
 
     Args:
         config: A whole run's configuration.
         classes: The classes under test, as ids of the data set.
+        validation_classes: Those under validation; None is those under test.
     """
     network = _instantiate(config["model"]["network"])(build_backbone(config))
     recipe = {key: value for key, value in config["model"].items() if key != "network"}
     segmenter = _instantiate({**recipe, "_partial_": True})
-    return segmenter(network, classes, identity=identity(config))
+    return segmenter(network, classes, validation_classes=validation_classes, identity=identity(config))
 
 
 def build_data(config: Config, backbone: nn.Module) -> FewShotDataModule:
@@ -300,7 +308,7 @@ def scores(metrics: Mapping[str, Tensor], data: FewShotDataModule) -> dict[str, 
     return {
         "miou": float(metrics["test/miou"]),
         "fb_iou": float(metrics["test/fb_iou"]),
-        "class_iou": {names[c - 1]: float(metrics[f"test/class_{c}"]) for c in data.novel_classes},
+        "class_iou": {names[c - 1]: float(metrics[f"test/class_{c}"]) for c in data.roles.test},
     }
 
 
@@ -317,7 +325,7 @@ def write_results(
 
     result = {
         **scores(segmenter.trainer.callback_metrics, data),
-        "test_episodes": data.test_episodes,
+        "protocol": data.protocol().as_dict(),
         "trainable": count_trainable(segmenter.model),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "identity": identity(config),
@@ -328,9 +336,7 @@ def write_results(
     write_whole(folder / "metrics.json", json.dumps(result, indent=2) + "\n")
     backbone = segmenter.model.backbone
     figures.episode_grid(kept, data.source.class_names, backbone.mean, backbone.std, folder / "episodes.png")
-    tables.print_scores(
-        result, f"fold {config['fold']}, {config['shot']} shot, {result['test_episodes']} episodes"
-    )
+    tables.print_scores(result, f"fold {config['fold']}: {describe(result['protocol'])}")
     log.info("wrote %s, with pictures in episodes.png", folder / "metrics.json")
 
 
@@ -339,57 +345,86 @@ def evaluate(
     shot: int | None = None,
     episodes: int | None = None,
     seeds: Sequence[int] | None = None,
+    episode_list: str | None = None,
+    save_episodes: str | None = None,
     batch_size: int | None = None,
     workers: int = 0,
 ) -> float:
     """Test a finished run again and write ``evaluation.json`` into its folder.
+
+    An earlier ``evaluation.json`` is kept, as ``evaluation-1.json`` and so on.
 
     Args:
         folder: The run's folder.
         shot: Supports per episode; None is the run's own.
         episodes: Test episodes per seed; None is the run's own number.
         seeds: Seeds of the test episodes; None is the run's own.
+        episode_list: A file of test episodes to take; see :mod:`svf_lightning.data.episode_list`. Without
+            ``seeds``, all that are in it.
+        save_episodes: Write the episodes that were tested into such a file.
         batch_size: Episodes tested at once; it changes no result.
         workers: Processes that read images.
 
     Returns:
         The mean over seeds of the test mIoU, in [0, 1].
+
+    Raises:
+        FileNotFoundError: If there is no such run or list.
+        ValueError: If a value is not possible, or the list fits another test.
     """
     import pytorch_lightning as pl
 
     from svf_lightning.analysis import tables
-    from svf_lightning.callbacks import EpisodeProgress
+    from svf_lightning.callbacks import EpisodeProgress, RememberFeatures
 
+    if episode_list is not None and episodes is not None:
+        raise ValueError(f"episodes={episodes} cannot be had from {episode_list}, which has its own number")
     config, segmenter = load_run(folder)
-    changes = {"shot": shot, "test_episodes": episodes, "test_batch_size": batch_size, "workers": workers}
+    changes = {
+        **{"shot": shot, "test_episodes": episodes, "episode_list": episode_list},
+        **{"test_batch_size": batch_size, "workers": workers},
+    }
     config["data"].update({key: value for key, value in changes.items() if value is not None})
     check({**config, "shot": config["data"]["shot"]})
-    rows = []
-    for seed in seeds or [config["seed"]]:
-        config["data"]["seed"] = seed
+    if not seeds:
+        own = config["data"].get("episode_seed", config["seed"])  # older runs had one seed for both
+        seeds = [own] if episode_list is None else episode_lists.seeds_of(episode_list)
+    rows, protocols, tested = [], [], {}
+    for seed in seeds:
+        config["data"]["episode_seed"] = seed
         data = build_data(config, segmenter.model.backbone)
-        trainer = pl.Trainer(**trainer_arguments(config), logger=False, callbacks=[EpisodeProgress()])
+        callbacks = [RememberFeatures(), EpisodeProgress()]
+        trainer = pl.Trainer(**trainer_arguments(config), logger=False, callbacks=callbacks)
+        started = time.monotonic()
         trainer.test(segmenter, datamodule=data, verbose=False)
-        rows.append({"seed": seed, **scores(trainer.callback_metrics, data)})
+        seconds = time.monotonic() - started
+        rows.append({"seed": seed, **scores(trainer.callback_metrics, data), "seconds": round(seconds, 1)})
+        protocols.append(data.protocol())
+        if save_episodes is not None:
+            tested[seed] = episode_rows(data.test_set)
+    protocol = replace(protocols[0], seeds=tuple(seeds), digests=tuple(p.digests[0] for p in protocols))
     mious = torch.tensor([row["miou"] for row in rows], dtype=torch.float64)
     result = {
         "miou_mean": mious.mean().item(),
         "miou_std": mious.std(correction=0).item(),
-        "shot": config["data"]["shot"],
-        "test_episodes": config["data"]["test_episodes"],
+        "protocol": protocol.as_dict(),
         "seeds": rows,
         **surroundings(),
     }
+    _keep_earlier(folder / "evaluation.json")
     write_whole(folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
-    for row in rows:
-        tables.print_scores(
-            row, f"seed {row['seed']}, {result['shot']} shot, {result['test_episodes']} episodes"
-        )
-    if len(rows) > 1:
-        print(
-            f"mIoU over {len(rows)} seeds: {100 * result['miou_mean']:.2f} ± {100 * result['miou_std']:.2f}"
-        )
+    if save_episodes is not None:
+        episode_lists.write_list(save_episodes, protocol, tested)
+        log.info("wrote the episodes to %s", save_episodes)
+    tables.print_evaluation(result)
     return float(result["miou_mean"])
+
+
+def _keep_earlier(path: Path) -> None:
+    """Give a result a number before another one takes its name."""
+    if path.exists():
+        earlier = len(list(path.parent.glob(f"{path.stem}-*{path.suffix}")))
+        path.rename(path.with_name(f"{path.stem}-{earlier + 1}{path.suffix}"))
 
 
 def trainer_arguments(config: Config) -> dict[str, Any]:

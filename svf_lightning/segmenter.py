@@ -74,7 +74,8 @@ class FewShotSegmenter(pl.LightningModule):
 
     Args:
         model: A method with a ``backbone``; maps an ``Episode`` to a ``Prediction``.
-        classes: The classes under validation and test, as ids of the data set.
+        classes: The classes under test, as ids of the data set.
+        validation_classes: Those under validation; None is those under test.
         loss: Maps a prediction and its episode to a scalar.
         optimizer: "sgd" or "adamw".
         lr: Learning rate of the head.
@@ -100,6 +101,7 @@ class FewShotSegmenter(pl.LightningModule):
         model: nn.Module,
         classes: Iterable[int],
         *,
+        validation_classes: Iterable[int] | None = None,
         loss: Callable[[Prediction, Episode], Tensor] = losses.cross_entropy,
         optimizer: str = "sgd",
         lr: float = 0.015,
@@ -133,7 +135,7 @@ class FewShotSegmenter(pl.LightningModule):
         self.channels_last = channels_last
         self.identity = identity or {}
         classes = tuple(classes)
-        self.validation_iou = FewShotIoU(classes)
+        self.validation_iou = FewShotIoU(classes if validation_classes is None else validation_classes)
         self.test_iou = FewShotIoU(classes)
 
     def forward(self, episode: Episode) -> Prediction:

@@ -52,6 +52,7 @@ class Scenes:
 
     min_pixels: int = 100
     name: str = "scenes"
+    edition: str = "made up"
     class_names: tuple[str, ...] = CLASSES
 
     def prepare(self) -> None:

@@ -89,7 +89,7 @@ def test_a_base_learner_of_another_fold_is_taken_when_forced_and_keeps_its_class
 def test_another_number_of_classes_is_refused(saved, tmp_path):
     header = {"data": "pascal", "fold": 0, "classes": [6, 7], "backbone": "vgg16"}
     save_base(tmp_path / "base.pth", PSPNet(vgg16(weights=None), classes=2), header)
-    with pytest.raises(ValueError, match="knows 2 base classes, pascal has 15 a fold"):
+    with pytest.raises(ValueError, match="knows 2 base classes, pascal has 15 to learn a fold"):
         build(tmp_path / "base.pth")
 
 

@@ -362,10 +362,10 @@ def test_an_unknown_year_convention_or_split_is_refused(fresh):
 
 
 def test_the_hydra_group_builds_the_module_it_describes():
-    run = {"fold": 2, "shot": 5, "seed": 7, "workers": 3, "data_dir": "somewhere"}
+    run = {"fold": 2, "shot": 5, "seed": 7, "workers": 3, "data_dir": "somewhere", "selection": "last"}
     config = OmegaConf.merge(run, {"data": OmegaConf.load(CONF / "coco.yaml")})
     data = instantiate(config.data, mean=(0.5,) * 3, std=(0.25,) * 3, _convert_="all")
 
     assert data.source == Coco("somewhere/coco", year="2014", convention="interleaved")
-    assert data.novel_classes == tuple(range(3, 81, 4))
+    assert data.roles.test == tuple(range(3, 81, 4))
     assert (data.augment.size, data.augment.scale, data.test_episodes) == (641, [0.8, 1.25], 1000)

@@ -11,10 +11,15 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
+from svf_lightning import runs
 from svf_lightning.data.transforms import Augment, Letterbox
 
 CONF = Path(__file__).parent.parent / "conf"
-FILES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.glob("*/*.yaml"))
+FILES = sorted(
+    path.relative_to(CONF).with_suffix("").as_posix()
+    for path in CONF.glob("*/*.yaml")
+    if path.parent.name != "protocol"  # a group of evaluate.yaml
+)
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
 # What a choice needs beside itself, as its first comment says.
@@ -75,8 +80,27 @@ def test_a_model_composes_with_its_papers_own_recipe(model):
     check(composed(f"model={model}", "data=pascal", "backbone=resnet50"))
 
 
-def test_the_configuration_of_an_evaluation_composes():
-    assert composed("run=runs/some", name="evaluate")["run"] == "runs/some"
+def test_the_configuration_of_an_evaluation_is_what_runs_evaluate_takes():
+    arguments = composed("run=runs/some", name="evaluate")
+    folder = arguments.pop("run")
+    inspect.signature(runs.evaluate).bind(folder, **arguments)
+
+
+# The number of episodes and the seeds: ../shared/reference/protocol.md, section 4.
+PROTOCOLS = {
+    "bam": (1000, [510, 365, 382, 322, 988]),
+    "svf": (1000, [321]),
+    "pfenet": (5000, [321]),
+    "cyctr": (1000, [123]),
+    "hsnet": (1000, [0]),
+    "panet": (1000, [1234, 1235, 1236, 1237, 1238]),
+}
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted((CONF / "protocol").glob("*.yaml"))])
+def test_a_protocol_has_the_published_episodes_and_seeds(name):
+    config = composed("run=runs/some", f"protocol={name}", name="evaluate")
+    assert (config["episodes"], config["seeds"]) == PROTOCOLS[name]
 
 
 @pytest.mark.parametrize("data", [path.stem for path in sorted((CONF / "data").glob("*.yaml"))])

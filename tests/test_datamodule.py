@@ -181,14 +181,14 @@ def test_impossible_settings_are_refused_by_name(changes, message):
     ("name", "source", "size", "episodes"), [("emoji", Emoji, 129, 500), ("pascal", Pascal, 473, 1000)]
 )
 def test_the_hydra_group_builds_the_module_it_describes(name, source, size, episodes):
-    run = {"fold": 2, "shot": 5, "seed": 7, "workers": 3, "data_dir": "somewhere"}
+    run = {"fold": 2, "shot": 5, "seed": 7, "workers": 3, "data_dir": "somewhere", "selection": "last"}
     config = OmegaConf.merge(run, {"data": OmegaConf.load(CONF / f"{name}.yaml")})
 
     data = instantiate(config.data, **GREY, _convert_="all")
 
     assert isinstance(data.source, source)
     assert str(data.source.root).startswith("somewhere/")
-    assert data.novel_classes == (11, 12, 13, 14, 15)
+    assert data.roles.test == (11, 12, 13, 14, 15)
     assert (data.shot, data.seed, data.workers, data.test_episodes) == (5, 7, 3, episodes)
     assert data.augment.size == data.letterbox.size == size
     assert data.novel_images == "drop"

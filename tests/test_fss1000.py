@@ -217,11 +217,11 @@ def test_unknown_choices_are_refused():
 
 def test_the_hydra_group_builds_the_module_it_describes(made):
     source, lists = made
-    run = {"fold": 0, "shot": 5, "seed": 7, "workers": 3, "data_dir": "somewhere"}
+    run = {"fold": 0, "shot": 5, "seed": 7, "workers": 3, "data_dir": "somewhere", "selection": "last"}
     config = OmegaConf.merge(run, {"data": OmegaConf.load(CONF / "fss1000.yaml")})
     assert config.data.source.root == "somewhere/fss1000"
     config.data.source.root = str(source.root)
     data = instantiate(config.data, mean=(0.5,) * 3, std=(0.25,) * 3, _convert_="all")
 
-    assert {data.source.class_names[i - 1] for i in data.novel_classes} == set(lists["test"])
+    assert {data.source.class_names[i - 1] for i in data.roles.test} == set(lists["test"])
     assert (data.augment.size, data.test_episodes) == (225, 2400)

@@ -62,7 +62,7 @@ def test_a_made_data_set_trains_and_is_evaluated(made, tmp_path, call, monkeypat
     call(main, *data, *TINY, f"hydra.run.dir={run}")
     result = json.loads((run / "metrics.json").read_text())
     assert set(result["class_iou"]) == novel
-    assert result["test_episodes"] == 12
+    assert result["protocol"]["episodes"] == 12
 
     call(evaluate.main, f"run={run}", "shot=1", "episodes=12")
     again = json.loads((run / "evaluation.json").read_text())

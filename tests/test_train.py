@@ -31,7 +31,7 @@ def test_a_run_leaves_its_scores_pictures_curves_and_all_that_is_needed_to_repea
     result = json.loads((run / "metrics.json").read_text())
     assert set(result["class_iou"]) == {"airplane", "bird", "boat", "bottle", "bus"}
     assert result["miou"] == pytest.approx(sum(result["class_iou"].values()) / 5)
-    assert result["test_episodes"] == 6
+    assert result["protocol"]["episodes"] == 6
     assert result["config"]["fold"] == 0
     assert result["versions"]["torch"] == torch.__version__.split("+")[0]
     assert len(result["commit"]) == 40
@@ -126,7 +126,7 @@ def test_the_report_has_a_row_per_strategy_and_a_mean_only_over_all_folds():
         ("fold=4", "fold is 4; emoji has folds 0, 1, 2 and 3"),
         ("shot=0", "shot must be a whole number of 1 or more, got 0"),
         ("shot=30", "shot=30 needs 31"),
-        ("selection=best", "selection must be 'last' or 'novel', got 'best'"),
+        ("selection=best", "selection must be one of 'novel', 'base', 'last', got 'best'"),
         ("nonsense=1", "Could not override 'nonsense'"),
         ("model.learning_rate=1", "Could not override 'model.learning_rate'"),
         ("finetune=svd", "Available options in 'finetune'"),

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from svf_lightning.analysis.published import FROZEN, SETTING, SVF, TABLES
+from svf_lightning.data.protocol import describe
 
 
 def print_scores(result: Mapping[str, Any], title: str) -> None:
@@ -29,6 +30,27 @@ def print_scores(result: Mapping[str, Any], title: str) -> None:
     console = Console()
     console.print(title, highlight=False)
     console.print(table)
+
+
+def print_evaluation(result: Mapping[str, Any]) -> None:
+    """Print a row per seed of test episodes: IoU of each novel class, mIoU, FB-IoU, speed; then the mean.
+
+    Args:
+        result: The content of an evaluation.json.
+    """
+    rows, protocol = result["seeds"], result["protocol"]
+    table = Table()
+    for head in ("seed", *rows[0]["class_iou"], "mIoU", "FB-IoU", "episodes/s"):
+        table.add_column(head, justify="right")
+    for row in rows:
+        ious = [*row["class_iou"].values(), row["miou"], row["fb_iou"]]
+        speed = protocol["episodes"] / max(row["seconds"], 1e-9)
+        table.add_row(str(row["seed"]), *(f"{100 * iou:.2f}" for iou in ious), f"{speed:.1f}")
+    console = Console()
+    console.print(f"fold {protocol['fold']}: {describe(protocol)}", highlight=False)
+    console.print(table)
+    deviation = f" ± {100 * result['miou_std']:.2f} over {len(rows)} seeds" if len(rows) > 1 else ""
+    console.print(f"mIoU {100 * result['miou_mean']:.2f}{deviation}", highlight=False)
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
@@ -59,13 +81,13 @@ Cells = dict[int, list[float]]  # fold -> mIoU of every seed
 
 
 def report(results: list[dict[str, Any]]) -> list[tuple[str, Table]]:
-    """Lay out folds x strategies, one table per data set, method, backbone and number of shots.
+    """Lay out folds x strategies, one table per data set, method, backbone, number of shots and protocol.
 
     Where several seeds of a cell were run, the cell is their mean; a missing fold leaves its cell and
     the row's mean empty, since a mean over fewer folds would not compare.
     """
     tables = []
-    for title, rows in _by_setting(results).items():
+    for (setting, protocol), rows in _by_setting(results).items():
         folds = sorted({fold for cells in rows.values() for fold in cells})
         table = Table()
         table.add_column("fine-tuning")
@@ -74,15 +96,15 @@ def report(results: list[dict[str, Any]]) -> list[tuple[str, Table]]:
         table.add_column("mean", justify="right")
         for strategy, cells in sorted(rows.items()):
             table.add_row(strategy, *_percent(cells, folds))
-        tables.append((f"{title}: novel-class mIoU %", table))
+        tables.append((f"{setting}: novel-class mIoU %\n{protocol}".rstrip(), table))
     return tables
 
 
 def published(results: list[dict[str, Any]], name: str) -> list[tuple[str, Table]]:
     """Lay out one of the SVF paper's tables, every run's numbers above the paper's.
 
-    One table per data set, method, backbone and number of shots that has a run of one of its rows. What
-    the frozen backbone and SVF score is added where the table itself does not say.
+    One table per data set, method, backbone, number of shots and protocol that has a run of one of its rows.
+    What the frozen backbone and SVF score is added where the table itself does not say.
 
     Args:
         results: From :func:`read_results`.
@@ -96,7 +118,7 @@ def published(results: list[dict[str, Any]], name: str) -> list[tuple[str, Table
     title, columns, rows = TABLES[name]
     rows += tuple(row for row in (FROZEN, SVF) if row.finetune not in {r.finetune for r in rows})
     tables = []
-    for setting, cells in _by_setting(results).items():
+    for (setting, protocol), cells in _by_setting(results).items():
         if not {row.finetune for row in TABLES[name].rows} & set(cells):
             continue
         table = Table()
@@ -116,7 +138,8 @@ def published(results: list[dict[str, Any]], name: str) -> list[tuple[str, Table
             ]
             table.add_row(row.finetune, *labels, "run", *ours)
             table.add_row("", *[""] * len(columns), "paper", *theirs, style="dim")
-        tables.append((f"{name}, {title}. Runs: {setting}; paper: {SETTING}. Novel-class mIoU %", table))
+        title_line = f"{name}, {title}. Runs: {setting}; paper: {SETTING}. Novel-class mIoU %"
+        tables.append((f"{title_line}\n{protocol}".rstrip(), table))
     if not tables:
         raise ValueError(
             f"no run of {name}'s strategies is finished; `python train.py sweep={name}` makes them"
@@ -124,13 +147,17 @@ def published(results: list[dict[str, Any]], name: str) -> list[tuple[str, Table
     return tables
 
 
-def _by_setting(results: list[dict[str, Any]]) -> dict[str, dict[str, Cells]]:
-    """Sort results by data set, method, backbone and shots, then by strategy, then by fold."""
-    groups: dict[str, dict[str, Cells]] = {}
+def _by_setting(results: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Cells]]:
+    """Sort results by setting and protocol, then by strategy, then by fold.
+
+    A setting is data set, method, backbone and shots. Runs of before protocols were saved have an empty one.
+    """
+    groups: dict[tuple[str, str], dict[str, Cells]] = {}
     for result in results:
         run = result["identity"]
-        key = f"{run['data']}, {run['model']}, {run['backbone']}, {run['shot']} shot"
-        cells = groups.setdefault(key, {}).setdefault(run["finetune"], {})
+        setting = f"{run['data']}, {run['model']}, {run['backbone']}, {run['shot']} shot"
+        protocol = describe(result["protocol"]) if "protocol" in result else ""
+        cells = groups.setdefault((setting, protocol), {}).setdefault(run["finetune"], {})
         cells.setdefault(run["fold"], []).append(result["miou"])
     return dict(sorted(groups.items()))
 

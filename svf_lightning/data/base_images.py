@@ -60,7 +60,7 @@ class BaseDataModule(pl.LightningDataModule):
 
     Args:
         source: The data set.
-        fold: Which quarter of the classes is novel, counted from 0.
+        classes: Ids of the base classes to learn; all others are background.
         image_size: Side of the square images that the network gets, in pixels.
         batch_size: Images in a batch, on each device; at least 2, since BatchNorm compares them.
         mean: Mean of each channel as the backbone wants it, for images in [0, 1].
@@ -70,14 +70,14 @@ class BaseDataModule(pl.LightningDataModule):
         workers: Processes that load, per stage.
 
     Raises:
-        ValueError: If fold, ``batch_size`` or an augmentation setting is not possible.
+        ValueError: If ``batch_size`` or an augmentation setting is not possible.
     """
 
     def __init__(
         self,
         source: Source,
         *,
-        fold: int,
+        classes: Sequence[int],
         image_size: int,
         batch_size: int,
         mean: Sequence[float],
@@ -90,7 +90,7 @@ class BaseDataModule(pl.LightningDataModule):
         if batch_size < 2:
             raise ValueError(f"base.batch_size={batch_size}: BatchNorm needs at least 2 images in a batch")
         self.source, self.seed, self.workers = source, seed, workers
-        self.classes = source.classes(fold)[0]
+        self.classes = tuple(classes)
         self.augment = Augment(image_size, tuple(mean), tuple(std), **(augment or {}))
         self.letterbox = Letterbox(image_size, tuple(mean), tuple(std))
         self.batch_size = self.test_batch_size = batch_size

@@ -85,6 +85,11 @@ class Coco:
             raise ValueError(f"year is {self.year!r}; COCO-20i is drawn from {' or '.join(YEARS)}")
         split_classes(self.name, 0, self.convention)
 
+    @property
+    def edition(self) -> str:
+        """The year and how the folds are cut."""
+        return f"{self.year}, {self.convention} folds"
+
     def prepare(self) -> None:
         """Draw the labels, unless they are there; a drawing that was interrupted goes on.
 

@@ -1,15 +1,19 @@
-"""The stages of a run and their loaders: base classes for training, novel ones for validation and test."""
+"""The stages of a run and their loaders: base classes for training, others for validation and test."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
-from svf_lightning.data.episodes import EpisodeDataset, EpochSampler, NovelImages, collate
-from svf_lightning.data.index import Source
+from svf_lightning.data.episode_list import read_list
+from svf_lightning.data.episodes import Draw, EpisodeDataset, EpochSampler, NovelImages, collate
+from svf_lightning.data.folds import class_roles
+from svf_lightning.data.index import ImageIndex, Source
+from svf_lightning.data.protocol import Protocol, digest
 from svf_lightning.data.transforms import Augment, Letterbox
 
 
@@ -20,7 +24,8 @@ class FewShotDataModule(pl.LightningDataModule):
     Validation and test draw *novel* classes from the ``"val"`` images, letterboxed; their batches are an
     `Episode` and the list of the queries' masks at original resolution. Both take their episodes from the
     beginning of the same fixed sequence. Choosing a checkpoint on novel classes is the field's habit, as the
-    protocol has no validation classes; a report should say so.
+    protocol has no validation classes. With ``selection="base"`` validation draws base classes that training
+    never shows, from ``"train"`` images, and so looks at neither novel classes nor test images.
 
     Each process of a distributed run loads its own share, so the Trainer needs
     ``use_distributed_sampler=False``.
@@ -35,7 +40,12 @@ class FewShotDataModule(pl.LightningDataModule):
         std: Standard deviation of each channel, likewise.
         augment: Settings of `Augment` other than size, mean and std; None takes its defaults.
         letterbox: Settings of `Letterbox`, likewise.
-        seed: Of the training order, of every draw and every augmentation, and of the test episodes.
+        seed: Of the training order, and of every draw and every augmentation in training.
+        selection: How the tested weights are chosen: "novel", "base" or "last"; see `class_roles`.
+        episode_seed: Of the validation and test episodes. Apart from ``seed``, so that runs with several
+            seeds are tested on the same episodes.
+        episode_list: A file of test episodes that are taken instead of drawn ones; see `episode_list`. It
+            says their number, too.
         workers: Processes that load, per stage; 0 loads in the process that trains.
         novel_images: ``"drop"`` trains without the images that show a novel class (BAM, SVF);
             ``"background"`` keeps them (PFENet, CyCTR).
@@ -62,6 +72,9 @@ class FewShotDataModule(pl.LightningDataModule):
         augment: Mapping[str, Any] | None = None,
         letterbox: Mapping[str, Any] | None = None,
         seed: int = 0,
+        selection: str = "novel",
+        episode_seed: int = 0,
+        episode_list: str | Path | None = None,
         workers: int = 0,
         novel_images: NovelImages = "drop",
         episodes_per_epoch: int | None = None,
@@ -70,8 +83,9 @@ class FewShotDataModule(pl.LightningDataModule):
         test_batch_size: int = 1,
     ) -> None:
         super().__init__()
-        self.source, self.shot, self.seed = source, shot, seed
-        self.base_classes, self.novel_classes = source.classes(fold)
+        self.source, self.fold, self.shot, self.seed = source, fold, shot, seed
+        self.selection, self.episode_seed, self.episode_list = selection, episode_seed, episode_list
+        self.roles = class_roles(*source.classes(fold), selection)
         self.augment = _build(Augment, "augment", image_size, mean, std, augment)
         self.letterbox = _build(Letterbox, "letterbox", image_size, mean, std, letterbox)
         self.novel_images = novel_images
@@ -89,17 +103,24 @@ class FewShotDataModule(pl.LightningDataModule):
         if stage == "fit":
             self.train_set = EpisodeDataset(
                 self.source.index("train"),
-                self.base_classes,
+                self.roles.train,
                 self.shot,
                 self.augment,
                 seed=self.seed,
                 min_pixels=self.source.min_pixels,
                 novel_images=self.novel_images,
+                hidden=self.roles.validation if self.selection == "base" else (),
             )
         if stage in ("fit", "validate"):
-            self.val_set = self._fixed_episodes(self.val_episodes)
+            images = self.source.index("train" if self.selection == "base" else "val")
+            self.val_set = self._fixed_episodes(images, self.roles.validation, length=self.val_episodes)
         if stage == "test":
-            self.test_set = self._fixed_episodes(self.test_episodes)
+            images = self.source.index("val")
+            listed = self._listed_episodes(images)
+            self.test_set = self._fixed_episodes(
+                images, self.roles.test, length=self.test_episodes, draws=listed
+            )
+            self.test_episodes = len(self.test_set)
 
     def train_dataloader(self) -> DataLoader:
         sampler = EpochSampler(len(self.train_set), self.seed, episodes=self.episodes_per_epoch)
@@ -116,16 +137,47 @@ class FewShotDataModule(pl.LightningDataModule):
     def test_dataloader(self) -> DataLoader:
         return self._fixed_loader(self.test_set)
 
-    def _fixed_episodes(self, length: int) -> EpisodeDataset:
+    def protocol(self) -> Protocol:
+        """What the test was, once it is set up."""
+        return Protocol(
+            data=self.source.name,
+            edition=self.source.edition,
+            fold=self.fold,
+            novel_classes=tuple(self.source.class_names[c - 1] for c in self.roles.test),
+            shot=self.shot,
+            novel_images=self.novel_images,
+            selection=self.selection,
+            image_size=self.letterbox.size,
+            padding=self.letterbox.pad,
+            min_pixels=self.source.min_pixels,
+            episodes=len(self.test_set),
+            seeds=(self.episode_seed,),
+            digests=(digest(self.test_set),),
+        )
+
+    def _listed_episodes(self, images: ImageIndex) -> list[Draw] | None:
+        if self.episode_list is None:
+            return None
+        return read_list(
+            self.episode_list,
+            images,
+            self.roles.test,
+            seed=self.episode_seed,
+            edition=self.source.edition,
+            fold=self.fold,
+            shot=self.shot,
+        )
+
+    def _fixed_episodes(self, images: ImageIndex, classes: Sequence[int], **episodes: Any) -> EpisodeDataset:
         return EpisodeDataset(
-            self.source.index("val"),
-            self.novel_classes,
+            images,
+            classes,
             self.shot,
             self.letterbox,
-            seed=self.seed,
+            seed=self.episode_seed,
             min_pixels=self.source.min_pixels,
             fixed=True,
-            length=length,
+            **episodes,
         )
 
     def _fixed_loader(self, dataset: EpisodeDataset) -> DataLoader:

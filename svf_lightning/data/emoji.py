@@ -81,6 +81,14 @@ class Emoji:
         """Pixels of a class that an image must show: the share that 2048 are of VOC's usual 500x375."""
         return round(2048 / (500 * 375) * self.image_size**2)
 
+    @property
+    def edition(self) -> str:
+        """How the folds are cut, and the settings that the images were made with."""
+        return (
+            f"contiguous folds, {self.train_images} + {self.val_images} images of {self.image_size} pixels, "
+            f"made with seed {self.seed}"
+        )
+
     def prepare(self) -> None:
         """Make the images, unless they are there.
 

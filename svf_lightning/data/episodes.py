@@ -47,7 +47,12 @@ class Draw(NamedTuple):
 
 
 def class_lists(
-    pixels: np.ndarray, classes: Sequence[int], *, min_pixels: int, novel_images: NovelImages
+    pixels: np.ndarray,
+    classes: Sequence[int],
+    *,
+    min_pixels: int,
+    novel_images: NovelImages,
+    hidden: Sequence[int] = (),
 ) -> np.ndarray:
     """Which image stands in the list of which class: rules 1 and 2.
 
@@ -59,6 +64,7 @@ def class_lists(
         min_pixels: Pixels of a class that an image must show to stand in its list.
         novel_images: ``"drop"`` leaves out images that show a class which is not wanted, be it one pixel;
             ``"background"`` keeps them, and those objects become background. Test episodes always keep them.
+        hidden: Classes whose images are left out in any case, such as base classes kept for validation.
 
     Returns:
         Boolean array of shape ``(images, len(classes))``.
@@ -76,10 +82,10 @@ def class_lists(
     if novel_images not in get_args(NovelImages):
         raise ValueError(f"novel_images={novel_images!r} is unknown; use 'drop' or 'background'")
     listed: np.ndarray = pixels[:, np.asarray(classes)] >= min_pixels
+    unwanted = np.asarray(hidden, int)
     if novel_images == "drop":
-        others = np.setdiff1d(np.arange(1, pixels.shape[1]), classes)
-        listed &= ~pixels[:, others].any(axis=1, keepdims=True)
-    return listed
+        unwanted = np.setdiff1d(np.arange(1, pixels.shape[1]), classes)
+    return listed & ~pixels[:, unwanted].any(axis=1, keepdims=True)
 
 
 class EpisodeDataset(Dataset[Episode | tuple[Episode, Tensor]]):
@@ -98,9 +104,11 @@ class EpisodeDataset(Dataset[Episode | tuple[Episode, Tensor]]):
         seed: Everything drawn follows from it, at least 0.
         min_pixels: Pixels of a class that an image must show to stand in its list, at original resolution.
         novel_images: What happens to images that show other classes than ``classes``; see `class_lists`.
+        hidden: Classes whose images are left out; see `class_lists`.
         fixed: Episode ``i`` has query ``i % queries`` in list order, and its draws depend on (seed, i) alone.
             So a longer test begins with the same episodes as a shorter one.
         length: Number of episodes; None takes one per query.
+        draws: The episodes themselves, instead of drawing any: those of an `episode_list`. With ``fixed``.
 
     Raises:
         ValueError: If a value is out of range, no image is a query, or a class has too few images.
@@ -116,8 +124,10 @@ class EpisodeDataset(Dataset[Episode | tuple[Episode, Tensor]]):
         seed: int,
         min_pixels: int,
         novel_images: NovelImages = "background",
+        hidden: Sequence[int] = (),
         fixed: bool = False,
         length: int | None = None,
+        draws: Sequence[Draw] | None = None,
     ) -> None:
         if shot < 1:
             raise ValueError(f"shot={shot} leaves an episode without support images; use 1 or more")
@@ -125,13 +135,16 @@ class EpisodeDataset(Dataset[Episode | tuple[Episode, Tensor]]):
             raise ValueError(f"seed={seed} is negative; use 0 or more")
         if length is not None and length < 1:
             raise ValueError(f"{length} episodes are too few to measure or learn anything; use 1 or more")
-        listed = class_lists(index.pixels, classes, min_pixels=min_pixels, novel_images=novel_images)
+        listed = class_lists(
+            index.pixels, classes, min_pixels=min_pixels, novel_images=novel_images, hidden=hidden
+        )
         self.index, self.transform = index, transform
         self.shot, self.seed, self.fixed = shot, seed, fixed
         self.classes = np.asarray(classes)
         self.queries = np.flatnonzero(listed.any(axis=1))
         self.members = {int(c): np.flatnonzero(column) for c, column in zip(classes, listed.T, strict=True)}
-        self.length = len(self.queries) if length is None else length
+        self.draws = draws
+        self.length = len(draws) if draws is not None else len(self.queries) if length is None else length
         _check_supply(self, min_pixels, novel_images)
 
     def __len__(self) -> int:
@@ -139,6 +152,8 @@ class EpisodeDataset(Dataset[Episode | tuple[Episode, Tensor]]):
 
     def draw(self, epoch: int, i: int) -> Draw:
         """The images and the class of an episode: rules 3 and 4. Reads no file."""
+        if self.draws is not None:
+            return self.draws[i]
         generator = self._generator(epoch, i, _DRAW)
         query = int(self.queries[i % len(self.queries)])
         class_id = int(generator.choice(self.classes[self.index.pixels[query, self.classes] > 0]))

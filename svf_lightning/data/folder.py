@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from svf_lightning.data.coco import draw_label
-from svf_lightning.data.folds import split_own_classes
+from svf_lightning.data.folds import FOLDS, split_own_classes
 from svf_lightning.data.index import (
     ImageIndex,
     Split,
@@ -101,6 +101,16 @@ class Folder:
     @property
     def name(self) -> str:
         return Path(str(self.root)).absolute().name
+
+    @property
+    def edition(self) -> str:
+        """How the novel classes and the test images are chosen."""
+        if self.novel is None:
+            rule = f"{self.folds or min(FOLDS, len(self.class_names))} folds"
+        else:
+            names = [self.novel] if isinstance(self.novel, str) else self.novel
+            rule = f"novel {', '.join(names)}"
+        return rule if self.val_list is None else f"{rule}, test images of {self.val_list}"
 
     @property
     def class_names(self) -> tuple[str, ...]:

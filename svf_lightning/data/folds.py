@@ -10,8 +10,11 @@ ICCV 2019 ("interleaved"), and Wang et al., PANet, ICCV 2019 ("contiguous").
 
 from collections.abc import Sequence
 from difflib import get_close_matches
+from typing import NamedTuple
 
 FOLDS = 4
+
+SELECTIONS = ("novel", "base", "last")  # how a run chooses the weights that it tests
 
 PASCAL_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle"),
@@ -95,6 +98,47 @@ def split_classes(
         novel = tuple(ids[fold * size : (fold + 1) * size])
     base = tuple(class_id for class_id in ids if class_id not in novel)
     return base, novel
+
+
+class Roles(NamedTuple):
+    """Class ids by what a run does with them; test classes are never trained on."""
+
+    train: tuple[int, ...]
+    validation: tuple[int, ...]
+    test: tuple[int, ...]
+
+
+def class_roles(base: Sequence[int], novel: Sequence[int], selection: str) -> Roles:
+    """Which classes train, which validate and which are tested, by how the tested weights are chosen.
+
+    The protocol has no validation classes: the field chooses the checkpoint by the novel classes that it then
+    reports ("novel"), which flatters. "base" keeps every fifth base class out of training to choose by (one
+    at least), spread over the data set's order, so that no look at a novel class is needed. "last" chooses
+    nothing; its validation only draws a curve.
+
+    Args:
+        base: Base class ids of the fold, ascending.
+        novel: Novel class ids of the fold.
+        selection: "novel", "base" or "last".
+
+    Raises:
+        ValueError: If ``selection`` is none of those, or there is but one base class to divide.
+
+    Example:
+        >>> class_roles(range(6, 21), range(1, 6), "base")[:2]
+        ((6, 7, 9, 10, 11, 12, 14, 15, 16, 17, 19, 20), (8, 13, 18))
+    """
+    if selection not in SELECTIONS:
+        raise ValueError(f"selection must be {', '.join(map(repr, SELECTIONS))}, got {selection!r}")
+    if selection != "base":
+        return Roles(tuple(base), tuple(novel), tuple(novel))
+    if len(base) < 2:
+        raise ValueError(
+            "selection=base keeps base classes out of training to choose the weights by, but there is only "
+            "one base class; use selection=last"
+        )
+    held_out = tuple(base[2::5]) or (base[-1],)
+    return Roles(tuple(c for c in base if c not in held_out), held_out, tuple(novel))
 
 
 def check_fold(dataset: str, fold: object, folds: int) -> None:

@@ -71,6 +71,11 @@ class Fss1000:
         if self.novel not in ("test", "val"):
             raise ValueError(f"novel is {self.novel!r}; FSS-1000 has test and val classes")
 
+    @property
+    def edition(self) -> str:
+        """Whose classes are novel."""
+        return f"classes of {self.novel}.txt"
+
     @cached_property
     def _lists(self) -> dict[str, tuple[str, ...]]:
         """The classes of each list."""

@@ -55,6 +55,10 @@ class Source(Protocol):
     def name(self) -> str: ...
 
     @property
+    def edition(self) -> str:
+        """What else tells this data set from others of its name: the convention of its folds, its year."""
+
+    @property
     def class_names(self) -> tuple[str, ...]: ...
 
     @property

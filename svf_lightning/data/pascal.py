@@ -59,6 +59,12 @@ class Pascal:
     name: str = field(default="pascal", init=False)
     class_names: tuple[str, ...] = field(default=PASCAL_CLASSES, init=False, repr=False)
 
+    @property
+    def edition(self) -> str:
+        """How the folds are cut; and the lists, where they are not the usual ones."""
+        own = [name for name in (self.train_list, self.val_list) if name not in (TRAIN_LIST, VAL_LIST)]
+        return ", ".join(["contiguous folds", *own])
+
     def prepare(self) -> None:
         """Check that folders and lists are there.
 
