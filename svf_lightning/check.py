@@ -16,7 +16,7 @@ from svf_lightning.data.emoji import MARKER, Emoji
 from svf_lightning.data.folder import examine, read_item
 from svf_lightning.data.fss1000 import Fss1000
 from svf_lightning.data.index import Source
-from svf_lightning.data.listing import LAYOUTS, Problem, list_folder
+from svf_lightning.data.listing import LAYOUTS, Problem, list_folder, printable
 from svf_lightning.data.masks import shrink
 from svf_lightning.data.pascal import IMAGES, Pascal
 
@@ -77,7 +77,7 @@ def print_survey(survey: Survey) -> None:
 
     console = Console(highlight=False, soft_wrap=True)
     images = len(survey.ids)
-    console.print(f"[bold]{escape(str(survey.root))}[/]: layout {survey.layout}")
+    console.print(f"[bold]{escape(printable(str(survey.root)))}[/]: layout {survey.layout}")
     if images:
         console.print(f"{images} usable images of {len(survey.class_names)} classes{_sizes(survey.sizes)}")
         table = Table()
@@ -94,8 +94,8 @@ def print_survey(survey: Survey) -> None:
         console.print(table, "smallest, median, largest: share of the picture that the class fills")
     for problem in survey.problems:
         mark = "[bold red]error[/]  " if problem.severity == "error" else "[yellow]warning[/]"
-        console.print(f"{mark} {escape(problem.file)}: {escape(problem.found)}")
-        console.print(f"        [dim]→ {escape(problem.remedy)}[/]")
+        console.print(f"{mark} {escape(printable(problem.file))}: {escape(printable(problem.found))}")
+        console.print(f"        [dim]→ {escape(printable(problem.remedy))}[/]")
     counts = (survey.count("error"), "error"), (survey.count("warning"), "warning"), (images, "usable image")
     console.print(", ".join(f"{count} {what}{'' if count == 1 else 's'}" for count, what in counts))
 
@@ -247,7 +247,7 @@ def _twins(files: Iterable[Path], root: Path) -> list[Problem]:
 
 def _in_parts(error: Exception, root: Path) -> Problem:
     """An error that is about the whole folder."""
-    text = str(error).removeprefix(str(root)).lstrip(": ")
+    text = str(error).removeprefix(str(root)).lstrip("/: ")
     found, _, remedy = text.rpartition(": ")
     return Problem(str(root), found or remedy, remedy if found else "arrange it so, and check again")
 

@@ -29,7 +29,8 @@ def one_line_errors(function: Callable[P, R]) -> Callable[P, R]:
                 message = str(error)
             if message is None or os.environ.get("SVF_TRACEBACK") == "1":
                 raise
-            print(f"error: {message}", file=sys.stderr)
+            # A file name may hold bytes that are no UTF-8, which no stream takes.
+            print("error:", message.encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
             sys.exit(1)
 
     return wrapped

@@ -9,15 +9,45 @@ from torchmetrics import Metric
 from svf_lightning.episode import IGNORE
 
 
-def intersection_and_union(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def confusion_matrix(prediction: Tensor, target: Tensor, labels: int = 2) -> Tensor:
+    """Count the pixels of every pair of a true and a predicted label; the sums that all scores are made of.
+
+    Its diagonal is the intersections, its rows sum to the areas of the target, its columns to those of the
+    prediction. The numbers of other repositories come from it as well, where they differ from ours:
+
+    - CaNet and PMMs know no ignore label: their 255 is background. Replace it in the target beforehand.
+    - PANet leaves out what is predicted in an episode whose target shows no foreground. No episode of the
+      protocol is like that at the original resolution, since its class is drawn from what the query shows.
+    - MiningFSS averages over all classes that occur, which are those under test.
+
+    Args:
+        prediction: Predicted labels below ``labels``, any shape.
+        target: True labels below ``labels``, or 255; pixels with 255 count nowhere. Same shape.
+        labels: Number of labels, background included.
+
+    Returns:
+        Pixels, shape ``(labels, labels)``, long; rows are true labels, columns predicted ones.
+
+    Example:
+        >>> confusion_matrix(torch.tensor([0, 1, 1, 1]), torch.tensor([0, 0, 1, 255]))
+        tensor([[1, 1],
+                [0, 1]])
+    """
+    counted = target != IGNORE
+    pairs = labels * target[counted].long() + prediction[counted].long()
+    return torch.bincount(pairs, minlength=labels**2).view(labels, labels)
+
+
+def intersection_and_union(prediction: Tensor, target: Tensor, labels: int = 2) -> tuple[Tensor, Tensor]:
     """Count the pixels of background and foreground that agree, and that either side claims.
 
     Args:
         prediction: Predicted labels 0 or 1, any shape.
         target: True labels 0, 1, or 255; pixels with 255 count nowhere. Same shape.
+        labels: Number of labels, where there are more than two.
 
     Returns:
-        Intersection and union, each ``(2,)`` long, background first.
+        Intersection and union, each ``(labels,)`` long, background first.
 
     Source:
         ``intersectionAndUnion`` of PFENet (dvlab-research/PFENet), which BAM, SVF and CyCTR share.
@@ -28,10 +58,7 @@ def intersection_and_union(prediction: Tensor, target: Tensor) -> tuple[Tensor, 
         >>> intersection_and_union(prediction, target)
         (tensor([1, 1]), tensor([2, 2]))
     """
-    counted = target != IGNORE
-    confusion = torch.bincount(2 * target[counted].long() + prediction[counted].long(), minlength=4).view(
-        2, 2
-    )
+    confusion = confusion_matrix(prediction, target, labels)
     intersection = confusion.diagonal()
     return intersection, confusion.sum(dim=0) + confusion.sum(dim=1) - intersection
 
@@ -94,7 +121,10 @@ class FewShotIoU(Metric):
         return self.intersection[:, 1].double() / self.union[:, 1].clamp_min(1)
 
     def compute(self) -> dict[str, Tensor]:
-        """Return ``miou`` and ``fb_iou``, scalars, and ``class_iou`` ``(len(classes),)``, all in [0, 1]."""
+        """Return ``miou`` and ``fb_iou``, scalars, and ``class_iou`` ``(len(classes),)``, all in [0, 1].
+
+        torchmetrics makes a scalar of ``class_iou`` where there is a single class.
+        """
         both = self.intersection.sum(dim=0).double() / self.union.sum(dim=0).clamp_min(1)
         class_iou = self.class_iou()
         return {"miou": class_iou.mean(), "fb_iou": both.mean(), "class_iou": class_iou}

@@ -31,7 +31,7 @@ from svf_lightning.backbones.efficientnet import efficientnet_lite0
 from svf_lightning.backbones.memory import remember_features
 from svf_lightning.data.folder import read_item
 from svf_lightning.data.index import open_image, replace_file, to_rgb, to_tensor
-from svf_lightning.data.listing import image_files, list_folder, pair_masks
+from svf_lightning.data.listing import image_files, list_folder, pair_masks, printable
 from svf_lightning.data.masks import align, displayed, drawn_mask, shrink
 from svf_lightning.data.transforms import Letterbox, binary_mask, letterbox_size
 from svf_lightning.episode import FOREGROUND, Episode
@@ -479,7 +479,8 @@ def predict_files(
                 report["not_done"].remove(str(source))
                 progress.advance()
     finally:
-        runs.write_whole(output / "predictions.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+        runs.write_whole(output / "predictions.json", printable(text))
     return report
 
 
@@ -489,7 +490,8 @@ def print_report(report: Mapping[str, Any], output: Path) -> None:
     found = ", ".join(f"{name} in {counts[name]}" for name in report["classes"].values())
     print(f"segmented {len(report['images'])} pictures into {output}: {found}")
     for entry in report["failed"]:
-        print(f"failed: {entry['image']}: {entry['error'].removeprefix(entry['image']).lstrip(': ')}")
+        reason = entry["error"].removeprefix(entry["image"]).lstrip(": ")
+        print(printable(f"failed: {entry['image']}: {reason}"))
     if report["not_done"]:
         print(f"not done: {len(report['not_done'])} pictures; predictions.json lists them")
 

@@ -1,6 +1,8 @@
 """Whatever is wrong with a folder is listed, all of it, with its file and a remedy."""
 
 import json
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,6 +82,37 @@ def label(root, value, dtype=np.uint8):
     save(root, LABEL, ids)
 
 
+def label_as_jpeg(root):
+    height, width = size_of(root, FLAT)
+    ids = np.zeros((height, width), np.uint8)
+    ids[5:40, 3:30] = 6
+    Image.fromarray(ids).save(root / "masks/star_0.jpg", quality=30)
+    (root / LABEL).unlink()
+
+
+def break_middle(root):
+    content = bytearray((root / MASK).read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    (root / MASK).write_bytes(content)
+
+
+def point(root, target):
+    (root / STAR).unlink()
+    (root / STAR).symlink_to(target)
+
+
+def segment(content, segmentation):
+    """Give the first object, of an image of 36x48 pixels, another outline."""
+    content["annotations"][0]["segmentation"] = segmentation
+
+
+def many_categories(content):
+    first = content["annotations"][0]
+    numbers = range(1000, 1260)
+    content["categories"] = [{"id": number, "name": f"thing {number}"} for number in numbers]
+    content["annotations"] = [{**first, "id": n, "category_id": n} for n in numbers]
+
+
 def link(root, name, other):
     (root / other).write_bytes((root / name).read_bytes())
 
@@ -113,6 +146,21 @@ BAD = {
         "folders", MASK, lambda r: (r / MASK).write_bytes(b""), ("empty, 0 bytes", "intact copy")
     ),
     "a mask cut short": Case("folders", MASK, lambda r: cut(r, MASK), ("cannot be decoded", "intact copy")),
+    "a mask with a broken middle": Case(
+        "folders", MASK, break_middle, ("cannot be decoded (broken", "intact copy")
+    ),
+    "a link to a file that is gone": Case(
+        "folders", STAR, lambda r: point(r, "/nowhere/star.jpg"), ("is missing", "put it back")
+    ),
+    "a link to itself": Case(
+        "folders", STAR, lambda r: point(r, r / STAR), ("Too many levels of symbolic links", "intact copy")
+    ),
+    "a pipe with the name of an image": Case(
+        "folders",
+        STAR,
+        lambda r: [(r / STAR).unlink(), os.mkfifo(r / STAR)],
+        ("is a pipe, socket or device", "delete it"),
+    ),
     "class ids in a mask": Case(
         "folders", MASK, several_ids, ("0, 1, 2", "look like class ids", "classes.txt")
     ),
@@ -162,6 +210,15 @@ BAD = {
     "ids beyond 255": Case("indexed", LABEL, lambda r: label(r, 300, np.uint16), ("up to 300", "renumber")),
     "a mask where a label should be": Case(
         "indexed", LABEL, lambda r: label(r, 255), ("only 0 and 255", "write the class ids")
+    ),
+    "a label saved as JPEG": Case(
+        "indexed", "masks/star_0.jpg", label_as_jpeg, ("holds the ids", "save it as PNG: JPEG blurs")
+    ),
+    "a folder in place of the class names": Case(
+        "indexed",
+        "",
+        lambda r: [(r / "classes.txt").unlink(), (r / "classes.txt").mkdir()],
+        ("classes.txt cannot be read (Is a directory)", "put a text file there"),
     ),
     "no class names": Case(
         "indexed", "", lambda r: (r / "classes.txt").write_text("\n"), ("names no class", "one name per")
@@ -252,6 +309,102 @@ BAD = {
         JSON,
         lambda r: edit(r, lambda c: c["images"].append({**c["images"][-1], "file_name": "x.jpg"})),
         ("an id that another has", "renumber"),
+    ),
+    "a run length cut short": Case(
+        "coco",
+        JSON,
+        lambda r: edit(r, lambda c: segment(c, {"counts": [5, 5], "size": [48, 36]})),
+        ("run lengths for 10 pixels, but its image has 1728", "outline"),
+    ),
+    "run lengths that are no numbers": Case(
+        "coco",
+        JSON,
+        lambda r: edit(r, lambda c: segment(c, {"counts": [5, -5], "size": [48, 36]})),
+        ("run lengths that are no counts", "outline"),
+    ),
+    "compressed run lengths that are damaged": Case(
+        "coco",
+        "images/arrow_0.jpg",
+        lambda r: edit(r, lambda c: segment(c, {"counts": "~" * 500, "size": [48, 36]})),
+        ("cannot be drawn", "outline the object again"),
+    ),
+    "run lengths without a size": Case(
+        "coco",
+        JSON,
+        lambda r: edit(r, lambda c: segment(c, {"counts": "abc", "size": None})),
+        ("neither polygons nor run lengths", "outline"),
+    ),
+    "a polygon with a corner at infinity": Case(
+        "coco",
+        JSON,
+        lambda r: edit(r, lambda c: segment(c, [[0, 0, 9, 9, float("inf"), 3]])),
+        ("a polygon of other things", "outline"),
+    ),
+    "captions in place of outlines": Case(
+        "coco",
+        "",
+        lambda r: edit(r, lambda c: [a.pop("category_id") for a in c["annotations"]]),
+        ("an entry of annotations without 'category_id'", "not captions"),
+    ),
+    "a file of captions as COCO has it": Case(
+        "coco", "", lambda r: edit(r, lambda c: c.pop("categories")), ("not in COCO's format", "not captions")
+    ),
+    "key points in place of outlines": Case(
+        "coco",
+        JSON,
+        lambda r: edit(r, lambda c: [a.pop("segmentation") for a in c["annotations"]]),
+        ("no outline", "outline the object"),
+    ),
+    "an annotation that is a number": Case(
+        "coco",
+        "",
+        lambda r: edit(r, lambda c: c.update(annotations=[7])),
+        ("an entry of annotations that is 7", "export it again"),
+    ),
+    "an image with a list as its id": Case(
+        "coco",
+        "",
+        lambda r: edit(r, lambda c: c["images"][0].update(id=[1])),
+        ("an entry of images with id [1]", "export it again"),
+    ),
+    "an image without a name": Case(
+        "coco",
+        "",
+        lambda r: edit(r, lambda c: c["images"][0].update(file_name=None)),
+        ("an entry of images with file_name null", "export it again"),
+    ),
+    "a name that no file can have": Case(
+        "coco",
+        JSON,
+        lambda r: edit(r, lambda c: c["images"][0].update(file_name="a" * 5000)),
+        ("aaa, which is not in", "put it there"),
+    ),
+    "a width in words": Case(
+        "coco",
+        JSON,
+        lambda r: edit(r, lambda c: c["images"][0].update(width="wide")),
+        ("arrow_0.jpg the width 'wide'", "whole numbers"),
+    ),
+    "more categories than ids": Case(
+        "coco",
+        "",
+        lambda r: edit(r, many_categories),
+        ("of 260 categories, but ids end at 254", "merge some"),
+    ),
+    "JSON nested without end": Case(
+        "coco", "", lambda r: (r / JSON).write_text("[" * 100_000), ("no sound JSON", "export it again")
+    ),
+    "JSON in UTF-16": Case(
+        "coco",
+        "",
+        lambda r: (r / JSON).write_bytes((r / JSON).read_text().encode("utf-16")),
+        ("annotations.json is not UTF-8 text", "save it as UTF-8"),
+    ),
+    "no folder of images": Case(
+        "coco",
+        JSON,
+        lambda r: shutil.rmtree(r / "images"),
+        ("lists arrow_0.jpg, which is not", "put it there"),
     ),
     "no annotations": Case(
         "coco",
@@ -396,6 +549,13 @@ def test_a_class_with_too_few_images_for_the_shots_is_an_error(shot, errors, tmp
     assert all("has 2 usable images" in p.found and "lower shot" in p.remedy for p in problems)
 
 
+def animate(root: Path) -> None:
+    with Image.open(root / STAR) as picture:
+        frames = [picture.rotate(angle).convert("P") for angle in (0, 5, 10)]
+    (root / STAR).unlink()
+    frames[0].save(root / "images/star/star_0.gif", save_all=True, append_images=frames[1:])
+
+
 def warnings_of(root: Path) -> list[str]:
     survey = check(root)
     assert survey.count("error") == 0, [str(p) for p in survey.problems]
@@ -424,6 +584,10 @@ def warnings_of(root: Path) -> list[str]:
         (
             lambda r: [link(r, STAR, "images/star/a.jpg"), link(r, MASK, "masks/star/a.png")],
             "is the same picture as",
+        ),
+        (
+            lambda r: animate(r),
+            "star_0.gif: has 3 frames, of which the first is used; save the others apart",
         ),
     ],
 )
@@ -468,6 +632,22 @@ def test_the_command_prints_counts_and_writes_a_sheet_and_ends_well(tmp_path):
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width > 500
         assert sheet.height > 6 * 132
+
+
+def test_names_of_old_archives_are_read_and_told(tmp_path):
+    """Names in Latin-1, which are no UTF-8: Python holds their bytes as surrogates."""
+    root = tmp_path / "photos"
+    make_folder(root, images=3, size=48, plain=True)
+    for kind in ("images", "masks"):
+        os.rename(root / kind / "leaf", os.fsencode(root / kind) + b"/bl\xe4tter")
+    (root / "images/star/star_0.jpg").rename(Path(os.fsdecode(os.fsencode(root) + b"/images/star/\xe9.jpg")))
+    result = CliRunner().invoke(app, ["check", str(root), "--sheet", str(tmp_path / "sheet.png")])
+
+    assert result.exit_code == 1
+    assert r"bl\udce4tter" in result.output
+    assert r"images/star/\udce9.jpg: has no mask" in result.output
+    assert (tmp_path / "sheet.png").is_file()
+    assert r"bl\udce4tter" in Folder(root, skip_bad=True).class_names
 
 
 def test_the_command_ends_with_status_1_and_draws_what_is_good(tmp_path):

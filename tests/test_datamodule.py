@@ -166,7 +166,7 @@ def test_lightning_gives_every_epoch_its_own_draws_and_validation_always_the_sam
             {"augment": {"rotatee": 5}},
             "augment has no setting rotatee; it has blur_p, crop_foreground, flip_p",
         ),
-        ({"letterbox": {"size": 5}}, "letterbox has no setting size; it has pad"),
+        ({"letterbox": {"size": 5}}, "letterbox has no setting size; it has multiple, pad"),
         ({"image_size": 4}, "size=4 is too small"),
         ({"shot": 40}, "shot=40 needs 41"),
         ({"val_episodes": 0}, "0 episodes"),

@@ -353,6 +353,22 @@ def test_a_bad_picture_stops_no_other_and_ends_with_status_1(examples, queries, 
         assert f"failed: {name}" in result.output.replace(f"{queries}/", "")
 
 
+def test_file_names_of_old_archives_are_segmented_and_told(examples, queries, tmp_path):
+    """Names in Latin-1, which are no UTF-8: Python holds their bytes as surrogates."""
+    good, bad = (os.fsencode(queries) + name for name in (b"/caf\xe9.png", b"/no\xebl.png"))
+    Path(os.fsdecode(good)).write_bytes((queries / "both.png").read_bytes())
+    Path(os.fsdecode(bad)).write_bytes(b"")
+    result = run(queries, "--support", examples, "--output", tmp_path / "out", "--image-size", 64)
+
+    assert "segmented 3 pictures" in result.output
+    assert r"no\udceb" "l.png: cannot be decoded (empty" in result.output
+    report = json.loads((tmp_path / "out/predictions.json").read_text(encoding="utf-8"))
+    files = {os.fsencode(entry["image"]) for entry in (*report["images"], *report["failed"])}
+    assert {good, bad} <= files  # JSON's escapes give the very bytes back
+    masks = [os.fsencode(tmp_path / "out" / entry["mask"]) for entry in report["images"]]
+    assert all(os.path.isfile(mask) for mask in masks)
+
+
 def test_patterns_and_repeated_names_are_sorted_out(queries, tmp_path):
     Image.fromarray(BOTH).save(queries / "both.jpg")
     found, failed = find_queries([f"{queries}/*.png", f"{queries}/both.jpg", str(queries)], tmp_path / "out")

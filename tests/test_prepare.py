@@ -388,6 +388,18 @@ def test_a_damaged_mask_of_sbd_is_named(voc_folders, tmp_path, damage):
     assert "\n" not in str(caught.value)
 
 
+def test_damaged_masks_of_sbd_are_counted_and_stop_no_other(voc_folders, tmp_path):
+    shutil.copytree(voc_folders[1], tmp_path / "sbd")
+    for number in (1, 3):
+        (tmp_path / f"sbd/dataset/cls/2010_{number:06d}.mat").write_bytes(b"")
+
+    with pytest.raises(ValueError, match=r"\(and 1 more of 16 files\).*the 14 others are in place"):
+        prepare_pascal(voc_folders[0], tmp_path / "sbd", tmp_path / "out")
+
+    converted = {path.stem for path in (tmp_path / "out/SegmentationClassAug").glob("2010_*.png")}
+    assert converted == {f"2010_{i:06d}" for i in (0, 2, 4, 5, 6, 7)}
+
+
 def test_an_archive_cannot_write_outside_of_its_folder(voc_folders, tmp_path):
     evil = tmp_path / "evil.tar"
     picture = io.BytesIO()

@@ -18,6 +18,7 @@ from svf_lightning.data.transforms import (
     normalize,
     resize,
 )
+from svf_lightning.segmenter import predict_masks
 from tests.golden import cases, fill
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -101,6 +102,20 @@ def test_letterbox_padding_with_the_mean_is_zero_after_normalisation():
     image, _ = Letterbox(97, MEAN, STD, pad="mean")(image, mask)
 
     torch.testing.assert_close(image[:, 56:], torch.zeros(3, 41, 97), atol=1e-6, rtol=0)
+
+
+def test_without_the_cut_a_perfect_prediction_of_a_narrow_picture_meets_the_truth():
+    label = torch.zeros(663, 227, dtype=torch.uint8)
+    label[400:600, 60:200] = 1
+
+    def iou(**settings):
+        _, small = Letterbox(257, MEAN, STD, **settings)(torch.zeros(3, 663, 227), label)
+        logits = torch.stack([small != 1, small == 1]).float()
+        [mask] = predict_masks(logits[None], [(663, 227)])
+        return (mask.bool() & (label == 1)).sum() / (mask.bool() | (label == 1)).sum()
+
+    assert iou(multiple=1) > 0.95  # what the small grid loses at the edges
+    assert iou() < 0.9  # the published protocol: 87 columns are cut to 80, and enlarged as if they were 87
 
 
 def test_nearest_reads_position_floor_of_x_times_scale():
@@ -313,3 +328,5 @@ def test_a_letterbox_refuses_sizes_and_pads_it_cannot_make():
         Letterbox(7, **GREY)
     with pytest.raises(ValueError, match="pad='white'"):
         Letterbox(33, **GREY, pad="white")
+    with pytest.raises(ValueError, match="multiple=0"):
+        Letterbox(33, **GREY, multiple=0)

@@ -37,6 +37,7 @@ from svf_lightning.progress import track
 log = logging.getLogger(__name__)
 
 CACHE = ".svf_index.npz"
+MOVING = (".gif", ".webp", ".tif", ".tiff", ".avif")  # endings of files that may hold several pictures
 
 
 @dataclass(frozen=True)
@@ -305,6 +306,13 @@ def _examine_one(classes: int, item: Item) -> Examined:
     elif item.class_id and shown > 0.95:
         remedy = "if it is inverted, make the object white"
         notes.append((item.mask or item.image, f"covers {100 * shown:.0f}% of its picture", remedy))
+    if item.image.suffix.lower() in MOVING:
+        with Image.open(item.image) as opened:
+            frames = getattr(opened, "n_frames", 1)
+        if frames > 1:
+            notes.append(
+                (item.image, f"has {frames} frames, of which the first is used", "save the others apart")
+            )
     if float(np.asarray(image.convert("L")).std()) < 1:
         notes.append((item.image, "shows a single colour", "look at it: is it the right file?"))
     problems = tuple(Problem(str(file), found, remedy, "warning") for file, found, remedy in notes)
@@ -316,6 +324,8 @@ def _wrong_label(item: Item, histogram: np.ndarray, classes: int) -> tuple[str, 
     unknown = [int(i) for i in np.flatnonzero(histogram[:IGNORE]) if i > classes]
     if unknown:
         found = f"holds the ids {', '.join(map(str, unknown[:10]))}, but classes.txt names 1 to {classes}"
+        if item.mask is not None and item.mask.suffix.lower() in (".jpg", ".jpeg"):
+            return found, "save it as PNG: JPEG blurs ids into other ids"
         return found, "renumber it, or add the missing names to classes.txt"
     if histogram[1 : classes + 1].any():
         return None
@@ -331,7 +341,8 @@ def _problem(error: Exception, item: Item) -> Problem:
     text = str(error)
     file = next((f for f in (str(item.mask), str(item.image)) if text.startswith(f)), str(item.image))
     found, _, remedy = text.removeprefix(file).lstrip(": ").rpartition(": ")
-    return Problem(file, found or remedy, remedy if found else "replace or mend it")
+    mend = "outline the object again" if item.mask is None else "replace or mend it"
+    return Problem(file, found or remedy, remedy if found else mend)
 
 
 def _of_size(image: Image.Image, size: tuple[int, int] | None) -> Image.Image:

@@ -4,6 +4,7 @@ Nothing here opens a picture, and nothing that is wrong with one file hides anot
 """
 
 import json
+import math
 import os
 import re
 import unicodedata
@@ -33,6 +34,11 @@ UNREAD_ENDINGS = frozenset(  # pictures to their owner, but not to Pillow
 )
 IGNORED_NAMES = frozenset(("thumbs.db", "desktop.ini", "__macosx", "@eadir"))
 MASK_ENDINGS = ("", "_mask", "-mask")  # x.jpg may have x.png, x_mask.png or x-mask.png
+COCO_KEYS = {
+    "categories": ("id", "name"),
+    "images": ("id", "file_name"),
+    "annotations": ("image_id", "category_id"),
+}
 BACKGROUND_NAMES = ("background", "_background_", "__background__", "bg")
 
 
@@ -45,7 +51,7 @@ class Problem(NamedTuple):
     severity: Literal["error", "warning"] = "error"
 
     def __str__(self) -> str:
-        return f"{self.file}: {self.found}; {self.remedy}"
+        return printable(f"{self.file}: {self.found}; {self.remedy}")
 
 
 @dataclass(frozen=True)
@@ -116,7 +122,9 @@ def image_files(folder: Path) -> tuple[list[Path], list[Problem]]:
             path = Path(place, name)
             if _is_hidden(name):
                 continue
-            if path.suffix.lower() in IMAGE_ENDINGS:
+            if path.exists() and not path.is_file():
+                problems.append(Problem(str(path), "is a pipe, socket or device", "delete it"))
+            elif path.suffix.lower() in IMAGE_ENDINGS:
                 files.append(path)
             else:
                 known = path.suffix.lower() in UNREAD_ENDINGS
@@ -194,9 +202,7 @@ def _list_folders(root: Path) -> Listing:
     images, masks = _wanted(root, "images"), _wanted(root, "masks")
     problems: list[Problem] = []
     image_folders, mask_folders = (_class_folders(folder, problems) for folder in (images, masks))
-    names = tuple(
-        sorted((unicodedata.normalize("NFC", path.name) for path in image_folders.values()), key=same_name)
-    )
+    names = tuple(sorted((name_of(path.name) for path in image_folders.values()), key=same_name))
     items: list[Item] = []
     for class_id, name in enumerate(names, start=1):
         folder = image_folders[same_name(name)]
@@ -270,7 +276,7 @@ def read_names(path: Path) -> tuple[str, ...]:
     name, count = Counter(same_name(line) for line in lines).most_common(1)[0]
     if count > 1:
         raise ValueError(f"{path} names {name!r} {count} times: give each class a name of its own")
-    return tuple(unicodedata.normalize("NFC", line) for line in lines)
+    return tuple(name_of(line) for line in lines)
 
 
 def _list_coco(root: Path) -> Listing:
@@ -280,9 +286,10 @@ def _list_coco(root: Path) -> Listing:
     if not candidates:
         raise FileNotFoundError(f"{root} has no annotations.json: export your annotations in COCO's format")
     path = next((c for c in candidates if c.name.casefold() == "annotations.json"), candidates[0])
+    text = read_text(path)
     try:
-        content = json.loads(read_text(path))
-    except ValueError as error:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no sound JSON ({error}): export it again") from None
     tables = ("images", "annotations", "categories")
     if not isinstance(content, dict) or not all(isinstance(content.get(table), list) for table in tables):
@@ -303,23 +310,34 @@ def _list_coco_images(root: Path, path: Path, content: dict[str, Any], problems:
     def complain(found: str, remedy: str, severity: Literal["error", "warning"] = "error") -> None:
         problems.append(Problem(str(path), found, remedy, severity))
 
-    try:
-        categories = {entry["id"]: str(entry["name"]) for entry in content["categories"]}
-        records = {record["id"]: record for record in content["images"]}
-        annotations = [(entry["image_id"], entry["category_id"], entry) for entry in content["annotations"]]
-        names_of = {number: str(record["file_name"]) for number, record in records.items()}
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} has an entry without {error}: export it again, complete") from None
+    for table, keys in COCO_KEYS.items():
+        for entry in content[table]:
+            if wrong := _wrong_entry(entry, keys):
+                raise ValueError(
+                    f"{path} has an entry of {table} {wrong}: export it again, complete, and the instances "
+                    "(objects), not captions or key points"
+                )
+    categories = {entry["id"]: entry["name"] for entry in content["categories"]}
+    records = {record["id"]: record for record in content["images"]}
+    annotations = [(entry["image_id"], entry["category_id"], entry) for entry in content["annotations"]]
+    names_of = {number: record["file_name"] for number, record in records.items()}
     if len(records) < len(content["images"]):
         complain(
             f"gives {len(content['images']) - len(records)} images an id that another has", "renumber them"
         )
     # A category that no annotation uses is not a class: exporters like to add a root category.
-    used = sorted(set(categories) & {category for _, category, _ in annotations})
+    used = sorted(
+        set(categories) & {category for _, category, _ in annotations},
+        key=lambda category: (isinstance(category, str), category),
+    )
     classes = {category: number for number, category in enumerate(used, start=1)}
-    names = tuple(unicodedata.normalize("NFC", categories[category]) for category in used)
+    names = tuple(name_of(categories[category]) for category in used)
     if not names:
         raise ValueError(f"{path} annotates nothing: outline some objects, and export it again")
+    if len(names) >= IGNORE:
+        raise ValueError(
+            f"{path} has objects of {len(names)} categories, but ids end at 254 (255 is ignored): merge some"
+        )
     if len({same_name(name) for name in names}) < len(names):
         raise ValueError(f"{path} has several categories of one name among {', '.join(names)}: merge them")
 
@@ -334,7 +352,8 @@ def _list_coco_images(root: Path, path: Path, content: dict[str, Any], problems:
             complain(f"{label} of {names_of[image_id]} {wrong}", "outline the object, or delete it")
         else:
             crowd = bool(entry.get("iscrowd"))
-            behind = float("-inf") if crowd else -float(entry.get("area") or 0)
+            area = entry.get("area")
+            behind = float("-inf") if crowd else -area if isinstance(area, (int, float)) else 0.0
             found[image_id].append((behind, IGNORE if crowd else classes[category], entry["segmentation"]))
 
     folder = _subfolder(root, "images")
@@ -343,18 +362,22 @@ def _list_coco_images(root: Path, path: Path, content: dict[str, Any], problems:
     listed: set[str] = set()
     for number, record in records.items():
         name = names_of[number]
-        file = next((place / name for place in places if (place / name).is_file()), None)
+        file = next((place / name for place in places if _is_file(place / name)), None)
         if file is None and folder is not None:  # exporters differ in how much of the path they keep
-            file = next((f for f in (folder / Path(name).name,) if f.is_file()), None)
-        if file is None:
+            file = next((f for f in (folder / Path(name).name,) if _is_file(f)), None)
+        sides = record.get("width"), record.get("height")
+        if not all(side is None or type(side) is int for side in sides):
+            complain(
+                f"gives {name} the width {sides[0]!r} and the height {sides[1]!r}", "write whole numbers"
+            )
+        elif file is None:
             complain(f"lists {name}, which is not in {places[0]}", "put it there, or export without it")
         elif str(file) in listed:
             complain(f"lists {name} twice", "delete one of the entries")
         else:
             listed.add(str(file))
             objects = tuple((c, s) for _, c, s in sorted(found[number], key=lambda entry: entry[0]))
-            sides = record.get("width"), record.get("height")
-            size = (int(sides[0]), int(sides[1])) if sides[0] and sides[1] else None
+            size = (sides[0], sides[1]) if sides[0] and sides[1] else None
             items.append(Item(Path(name).with_suffix("").as_posix(), file, objects=objects, size=size))
     if folder is not None:
         files, odd = image_files(folder)
@@ -379,13 +402,46 @@ def _wrong_segmentation(segmentation: Any, record: dict[str, Any]) -> str | None
         if not all(len(polygon) % 2 == 0 for polygon in segmentation):
             return "has a polygon with an odd number of coordinates"
         numbers = (number for polygon in segmentation for number in polygon)
-        return None if all(isinstance(n, (int, float)) for n in numbers) else "has a polygon of other things"
-    if not isinstance(segmentation, dict) or not {"counts", "size"} <= segmentation.keys():
+        return None if all(_is_number(number) for number in numbers) else "has a polygon of other things"
+    counts, size = (
+        (segmentation.get("counts"), segmentation.get("size"))
+        if isinstance(segmentation, dict)
+        else (None,) * 2
+    )
+    if not isinstance(counts, (str, list)) or not isinstance(size, list) or len(size) != 2:
         return "has neither polygons nor run lengths"
     sides = [record.get("height"), record.get("width")]
-    if all(sides) and list(segmentation["size"]) != sides:
-        return f"has run lengths for {segmentation['size']}, but its image is {sides} (height, width)"
+    if all(sides) and size != sides:
+        return f"has run lengths for {size}, but its image is {sides} (height, width)"
+    if isinstance(counts, list) and not all(type(count) is int and count >= 0 for count in counts):
+        return "has run lengths that are no counts"
+    if isinstance(counts, list) and all(map(_is_number, size)) and sum(counts) != size[0] * size[1]:
+        return f"has run lengths for {sum(counts)} pixels, but its image has {size[0] * size[1]}"
     return None
+
+
+def _wrong_entry(entry: Any, keys: Sequence[str]) -> str | None:
+    """What keeps an entry of a table of COCO's from being used, if anything."""
+    if not isinstance(entry, dict):
+        return f"that is {json.dumps(entry)[:40]}"
+    for key in keys:
+        if key not in entry:
+            return f"without {key!r}"
+        kinds = (int, str) if key.endswith("id") else (str,)
+        if not isinstance(entry[key], kinds) or entry[key] == "":
+            return f"with {key} {json.dumps(entry[key])[:40]}"
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name too long, or one that no file can have
+        return False
 
 
 def _annotation_files(root: Path) -> list[Path]:
@@ -400,7 +456,7 @@ def _looks_like_coco(path: Path) -> bool:
         return True
     try:
         content = json.loads(read_text(path))
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(content, dict) and {"images", "annotations", "categories"} <= content.keys()
 
@@ -447,17 +503,36 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8 text: save it as UTF-8") from None
+    except PermissionError:
+        raise ValueError(f"{path} may not be read (permission denied): allow it with `chmod u+r`") from None
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}): allow it with `chmod u+r`") from None
+        raise ValueError(f"{path} cannot be read ({error.strerror}): put a text file there") from None
 
 
 def _id(image: Path, folder: Path) -> str:
-    return unicodedata.normalize("NFC", image.relative_to(folder).with_suffix("").as_posix())
+    return name_of(image.relative_to(folder).with_suffix("").as_posix())
 
 
 def same_name(name: str) -> str:
     """A text that is equal for names that look alike, whatever the case and the encoding of accents."""
-    return unicodedata.normalize("NFC", name).casefold()
+    return name_of(name).casefold()
+
+
+def name_of(text: str) -> str:
+    """A name from a file name or a text, with its accents in one piece, as it can be printed and stored."""
+    return printable(unicodedata.normalize("NFC", text))
+
+
+def printable(text: str) -> str:
+    r"""A text with bytes that are no UTF-8 spelled out, as old archives leave them in file names.
+
+    Python keeps such bytes as lone surrogates, which neither a terminal nor a file takes.
+
+    Example:
+        >>> print(printable(b"caf\xe9.jpg".decode("utf-8", "surrogateescape")))
+        caf\udce9.jpg
+    """
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _is_hidden(name: str) -> bool:

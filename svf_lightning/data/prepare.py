@@ -274,6 +274,7 @@ def _unpack(
     """
     patterns = [(re.compile(rf"(?:^|/)({pattern})$"), out / folder) for pattern, folder in wanted.items()]
     taken: dict[Path, str] = {}
+    bad: list[str] = []
     with _reading(source):
         for member in _members(source):
             folder = next((folder for pattern, folder in patterns if pattern.search(member.name)), None)
@@ -286,34 +287,39 @@ def _unpack(
                     f"{source} holds both {taken[target]} and {member.name}: give {expected}, and that alone"
                 )
             taken[target] = member.name
-            if target.stem not in (skip or ()):
-                _place(member, target, out, convert, source)
+            if target.stem not in (skip or ()) and (reason := _place(member, target, out, convert)):
+                bad.append(f"{member.name} cannot be used: {reason}")
+    if bad:
+        others = f" (and {len(bad) - 1} more of {len(taken)} files)" if len(bad) > 1 else ""
+        raise ValueError(
+            f"{source}: {bad[0]}{others}: fetch it again and repeat the command; the {len(taken) - len(bad)} "
+            "others are in place"
+        )
     if not taken:
         looked_for = " or ".join(wanted).replace("[^/.]+", "*").replace("\\.", ".")
         raise ValueError(f"{source} holds no {looked_for}: give {expected}")
     return list(taken.values())
 
 
-def _place(
-    member: Member, target: Path, out: Path, convert: Callable[[bytes], bytes] | None, source: Path
-) -> None:
-    """Write one file, unless it is there."""
+def _place(member: Member, target: Path, out: Path, convert: Callable[[bytes], bytes] | None) -> str | None:
+    """Write one file, unless it is there. Says why, if its content cannot be used."""
     if target.is_file() and (convert is not None or target.stat().st_size == member.size):
-        return
+        return None
     with _writing(out):
         target.parent.mkdir(parents=True, exist_ok=True)
     if convert is None and member.path is not None:
         with _writing(out):
             replace_file(target, partial(_link, member.path))
-        return
+        return None
     content = member.read()
     if convert is not None:
         try:
             content = convert(content)
         except ValueError as error:
-            raise ValueError(f"{source}: {member.name} cannot be used: {error}: fetch it again") from None
+            return str(error)
     with _writing(out):
         replace_file(target, partial(_write, content))
+    return None
 
 
 def _link(path: Path, target: Path) -> None:
