@@ -73,8 +73,9 @@ def describe(protocol: dict[str, Any]) -> str:
     p = protocol
     return (
         f"{p['data']} ({p['edition']}), {p['shot']} shot, {p['episodes']} episodes of seed {seeds}, "
-        f"{p['image_size']} pixels (multiples of {p['multiple']}) on {p['padding']}, scored at {p['resolution']} resolution, supports of "
-        f"{p['min_pixels']} pixels or more, images of novel classes {kept} in training, {chosen}"
+        f"{p['image_size']} pixels (multiples of {p['multiple']}) on {p['padding']}, scored at "
+        f"{p['resolution']} resolution, supports of {p['min_pixels']} pixels or more, images of novel "
+        f"classes {kept} in training, {chosen}"
     )
 
 
