@@ -84,7 +84,7 @@ def test_a_protocol_says_what_was_tested():
     assert protocol["novel_images"] == "drop"
     assert json.loads(json.dumps(protocol))["digests"] == list(protocol["digests"])
     line = describe(protocol)
-    assert "scenes (made up), 2 shot, 9 episodes of seed 7, 33 pixels on black" in line
+    assert "scenes (made up), 2 shot, 9 episodes of seed 7, 33 pixels (multiples of 8) on black" in line
     assert line.endswith("last weights, nothing chosen")
 
 

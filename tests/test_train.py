@@ -101,6 +101,34 @@ def test_several_seeds_give_their_mean_and_deviation(call, run):
     assert result["miou_std"] == pytest.approx(mious.std(correction=0).item())
 
 
+def test_saved_episodes_read_again_give_the_same_test_and_no_result_is_lost(call, run, tmp_path):
+    path = tmp_path / "list.jsonl"
+    drawn = evaluation(call, run, "seeds=[3,4]", "episodes=5", f"save_episodes={path}")
+    listed = evaluation(call, run, f"episode_list={path}")
+    assert listed["protocol"]["digests"] == drawn["protocol"]["digests"]
+    assert listed["protocol"]["seeds"] == [3, 4]
+    assert [row["class_iou"] for row in listed["seeds"]] == [row["class_iou"] for row in drawn["seeds"]]
+    assert drawn in [json.loads(p.read_text()) for p in run.glob("evaluation-*.json")]
+
+
+def test_a_run_with_one_shot_is_tested_with_two(call, run):
+    assert evaluation(call, run, "shot=2", "episodes=3")["protocol"]["shot"] == 2
+
+
+def test_the_number_of_listed_episodes_is_the_lists_own(call, run, capsys):
+    with pytest.raises(SystemExit):
+        call(evaluate.main, f"run={run}", "episode_list=some.jsonl", "episodes=5")
+    assert "episodes=5 cannot be had from some.jsonl" in capsys.readouterr().err
+
+
+def test_a_checkpoint_chosen_on_base_classes_never_met_them_in_training(train, tmp_path):
+    often = "trainer.check_val_every_n_epoch=1"
+    folder = train(tmp_path / "run", "selection=base", "data.novel_images=background", often)
+    protocol = json.loads((folder / "metrics.json").read_text())["protocol"]
+    assert protocol["selection"] == "base"
+    assert (folder / "checkpoints" / "best.ckpt").is_file()
+
+
 def test_a_checkpoint_chosen_on_validation_is_the_one_that_is_tested(train, tmp_path):
     folder = train(tmp_path / "run", "selection=novel", "trainer.check_val_every_n_epoch=1")
     _, segmenter = runs.load_run(folder)
@@ -116,8 +144,23 @@ def test_the_report_has_a_row_per_strategy_and_a_mean_only_over_all_folds():
     results = [result("svf", 0, 0.5), result("svf", 1, 0.7), result("frozen", 0, 0.4)]
     [(title, table)] = tables.report(results)
     cells = list(zip(*(column.cells for column in table.columns), strict=True))
-    assert cells == [("frozen", "40.00", "", ""), ("svf", "50.00", "70.00", "60.00")]
-    assert title == "emoji, baseline, x, 1 shot: novel-class mIoU %"
+    assert cells == [
+        ("baseline", "frozen", "", "40.00", "", ""),
+        ("baseline", "svf", "", "50.00", "70.00", "60.00"),
+    ]
+    assert title == "emoji, x, 1 shot: novel-class mIoU %"
+
+
+def test_runs_of_different_protocols_stand_in_different_tables(run):
+    result = json.loads((run / "metrics.json").read_text())
+    other = {**result, "protocol": {**result["protocol"], "episodes": 5000}}
+    [(_, table)] = tables.report([result, result])
+    titles = [title for title, _ in tables.report([result, other])]
+    assert table.row_count == 1
+    assert [("6 episodes" in title, "5000 episodes" in title) for title in titles] == [
+        (False, True),
+        (True, False),
+    ]
 
 
 @pytest.mark.parametrize(

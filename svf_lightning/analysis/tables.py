@@ -78,24 +78,35 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 
 
 Cells = dict[int, list[float]]  # fold -> mIoU of every seed
+Setting = tuple[str, str]  # what the runs of one table share: their parts, and their protocol
 
 
 def report(results: list[dict[str, Any]]) -> list[tuple[str, Table]]:
-    """Lay out folds x strategies, one table per data set, method, backbone, number of shots and protocol.
+    """Lay out methods and strategies x folds, one table per data set, backbone, number of shots and protocol.
 
     Where several seeds of a cell were run, the cell is their mean; a missing fold leaves its cell and
     the row's mean empty, since a mean over fewer folds would not compare.
     """
+    trained = {
+        (run["model"], run["finetune"], run["backbone"]): f"{result['trainable']['backbone']:,}"
+        for result in results
+        for run in [result["identity"]]
+        if "trainable" in result
+    }
     tables = []
-    for (setting, protocol), rows in _by_setting(results).items():
+    for (setting, protocol), rows in _by_setting(
+        results, ("data", "backbone"), ("model", "finetune")
+    ).items():
+        backbone = setting.split(", ")[1]
         folds = sorted({fold for cells in rows.values() for fold in cells})
         table = Table()
-        table.add_column("fine-tuning")
-        for fold in folds:
-            table.add_column(f"fold {fold}", justify="right")
-        table.add_column("mean", justify="right")
-        for strategy, cells in sorted(rows.items()):
-            table.add_row(strategy, *_percent(cells, folds))
+        for head in ("method", "fine-tuning"):
+            table.add_column(head)
+        for head in ("trained in the backbone", *(f"fold {fold}" for fold in folds), "mean"):
+            table.add_column(head, justify="right")
+        for (method, strategy), cells in sorted(rows.items()):
+            count = trained.get((method, strategy, backbone), "")
+            table.add_row(method, strategy, count, *_percent(cells, folds))
         tables.append((f"{setting}: novel-class mIoU %\n{protocol}".rstrip(), table))
     return tables
 
@@ -118,7 +129,9 @@ def published(results: list[dict[str, Any]], name: str) -> list[tuple[str, Table
     title, columns, rows = TABLES[name]
     rows += tuple(row for row in (FROZEN, SVF) if row.finetune not in {r.finetune for r in rows})
     tables = []
-    for (setting, protocol), cells in _by_setting(results).items():
+    by_setting = _by_setting(results, ("data", "model", "backbone"), ("finetune",))
+    for (setting, protocol), by_row in by_setting.items():
+        cells = {finetune: found for (finetune,), found in by_row.items()}
         if not {row.finetune for row in TABLES[name].rows} & set(cells):
             continue
         table = Table()
@@ -147,17 +160,24 @@ def published(results: list[dict[str, Any]], name: str) -> list[tuple[str, Table
     return tables
 
 
-def _by_setting(results: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Cells]]:
-    """Sort results by setting and protocol, then by strategy, then by fold.
+def _by_setting(
+    results: list[dict[str, Any]], shared: Sequence[str], row: Sequence[str]
+) -> dict[Setting, dict[tuple[str, ...], Cells]]:
+    """Sort results by setting, then by row, then by fold.
 
-    A setting is data set, method, backbone and shots. Runs of before protocols were saved have an empty one.
+    Args:
+        results: From :func:`read_results`.
+        shared: Parts of a run's identity that one table's runs share, besides shots and protocol. Runs of
+            before protocols were saved have an empty one.
+        row: Parts that make a row.
     """
-    groups: dict[tuple[str, str], dict[str, Cells]] = {}
+    groups: dict[Setting, dict[tuple[str, ...], Cells]] = {}
     for result in results:
         run = result["identity"]
-        setting = f"{run['data']}, {run['model']}, {run['backbone']}, {run['shot']} shot"
+        setting = ", ".join([*(run[part] for part in shared), f"{run['shot']} shot"])
         protocol = describe(result["protocol"]) if "protocol" in result else ""
-        cells = groups.setdefault((setting, protocol), {}).setdefault(run["finetune"], {})
+        rows = groups.setdefault((setting, protocol), {})
+        cells = rows.setdefault(tuple(run[part] for part in row), {})
         cells.setdefault(run["fold"], []).append(result["miou"])
     return dict(sorted(groups.items()))
 

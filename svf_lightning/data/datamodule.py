@@ -149,6 +149,7 @@ class FewShotDataModule(pl.LightningDataModule):
             selection=self.selection,
             image_size=self.letterbox.size,
             padding=self.letterbox.pad,
+            multiple=self.letterbox.multiple,
             min_pixels=self.source.min_pixels,
             episodes=len(self.test_set),
             seeds=(self.episode_seed,),

@@ -22,6 +22,7 @@ class Protocol:
             classes kept out of training, or "last", not at all.
         image_size: Side of the square that the network gets, in pixels.
         padding: Colour around a letterboxed image: "black" or "mean".
+        multiple: What both sides of a letterboxed image are cut to multiples of, in pixels.
         min_pixels: Pixels of its class that a support shows at least, at original resolution.
         episodes: Test episodes per seed.
         seeds: Of the test episodes.
@@ -39,6 +40,7 @@ class Protocol:
     selection: str
     image_size: int
     padding: str
+    multiple: int
     min_pixels: int
     episodes: int
     seeds: tuple[int, ...]
@@ -57,9 +59,9 @@ def describe(protocol: dict[str, Any]) -> str:
 
     Example:
         >>> describe({"data": "pascal", "edition": "contiguous folds", "shot": 1, "episodes": 1000,
-        ...           "seeds": [0], "image_size": 473, "padding": "black", "resolution": "original",
-        ...           "min_pixels": 2048, "novel_images": "drop", "selection": "novel"})
-        'pascal (contiguous folds), 1 shot, 1000 episodes of seed 0, 473 pixels on black, scored at original resolution, supports of 2048 pixels or more, images of novel classes dropped in training, weights chosen on novel classes'
+        ...           "seeds": [0], "image_size": 473, "padding": "black", "multiple": 8,
+        ...           "resolution": "original", "min_pixels": 2048, "novel_images": "drop", "selection": "novel"})
+        'pascal (contiguous folds), 1 shot, 1000 episodes of seed 0, 473 pixels (multiples of 8) on black, scored at original resolution, supports of 2048 pixels or more, images of novel classes dropped in training, weights chosen on novel classes'
     """  # noqa: E501  (the line is what it is)
     seeds = ", ".join(map(str, protocol["seeds"]))
     kept = {"drop": "dropped", "background": "kept as background"}[protocol["novel_images"]]
@@ -71,7 +73,7 @@ def describe(protocol: dict[str, Any]) -> str:
     p = protocol
     return (
         f"{p['data']} ({p['edition']}), {p['shot']} shot, {p['episodes']} episodes of seed {seeds}, "
-        f"{p['image_size']} pixels on {p['padding']}, scored at {p['resolution']} resolution, supports of "
+        f"{p['image_size']} pixels (multiples of {p['multiple']}) on {p['padding']}, scored at {p['resolution']} resolution, supports of "
         f"{p['min_pixels']} pixels or more, images of novel classes {kept} in training, {chosen}"
     )
 
