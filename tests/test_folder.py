@@ -420,4 +420,4 @@ def test_the_command_line_reaches_the_folder(tmp_path):
 
     data = OmegaConf.to_container(config.data, resolve=True)
     module = runs._instantiate({**data, "_partial_": True})(mean=(0.5,) * 3, std=(0.5,) * 3)
-    assert [module.source.class_names[c - 1] for c in module.novel_classes] == ["leaf", "star"]
+    assert [module.source.class_names[c - 1] for c in module.roles.test] == ["leaf", "star"]
