@@ -293,7 +293,7 @@ def write_whole(path: Path, text: str) -> None:
     """Write a text file beside its place and rename it, so that it is never seen half-written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(text)
+    part.write_text(text, encoding="utf-8")
     os.replace(part, path)
 
 
