@@ -20,7 +20,8 @@ is then ``rest + U_k diag(s) V_k^T``, still exact, and training costs little mor
 
 This file needs torch only and works on any network::
 
-    apply_svf(network, ["layer3", "layer4"])             # train the parameters called s
+    network.requires_grad_(False)
+    apply_svf(network, ["layer3", "layer4"])             # the new parameters, called s, are all that trains
     torch.save(svf_state_dict(network), "small.pt")      # kilobytes
     load_svf_state_dict(network, torch.load("small.pt"))
     merge_svf(network)                                   # the plain layers again
@@ -546,8 +547,8 @@ def apply_svf(module: nn.Module, layers: Sequence[str] | None = None, rank: int 
 
     What the network computes does not change. Layers that are factored already are left alone, so a
     second call changes nothing. A layer that appears under several names is replaced under all of them
-    by one new layer; two layers that share only their weight come apart. Nothing is frozen here; see
-    :func:`prepare`.
+    by one new layer; two layers that share only their weight come apart. The new ``s`` train; all else
+    is left as it was, so freeze the network first if ``s`` alone should train.
 
     Args:
         module: A network, or a single layer.
