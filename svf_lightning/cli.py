@@ -300,6 +300,27 @@ def benchmark_data(
     typer.echo(run(size, shot, images, rounds))
 
 
+@benchmark.command("svf")
+@one_line_errors
+def benchmark_svf(
+    strategy: Annotated[
+        list[str], typer.Option(help="A file of conf/finetune; repeat it. [default: all that fit]")
+    ] = [],  # noqa: B006
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 for autocast.")] = "float32",
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="Memory format.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Through torch.compile; minutes.")] = False,
+    size: Annotated[int, typer.Option(help="Side of the images.")] = 241,
+    batch: Annotated[int, typer.Option(help="Images at once.")] = 2,
+    rounds: Annotated[int, typer.Option(help="Of every measurement; the fastest counts.")] = 5,
+    rank: Annotated[int, typer.Option(help="Of svf_rank30.")] = 30,
+) -> None:
+    """Print what a training step of every strategy costs beside frozen convolutions, in time and memory."""
+    from svf_lightning.benchmarks.svf import Setting, run
+
+    typer.echo(run(strategy, size, batch, rank, Setting(device, dtype, channels_last, compiled, rounds)))
+
+
 def main() -> None:
     """Entry point of the ``svf`` command."""
     app()

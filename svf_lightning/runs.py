@@ -126,12 +126,7 @@ def compose(overrides: Sequence[str], folder: Path) -> Config:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf, open_dict
 
-    files = Path(__file__).parent.parent / "conf"
-    if not files.is_dir():
-        raise FileNotFoundError(
-            f"no configuration files at {files}; run this in a checkout of the repository"
-        )
-    with initialize_config_dir(version_base="1.3", config_dir=str(files)):
+    with initialize_config_dir(version_base="1.3", config_dir=str(_configuration_files())):
         config = compose("train", list(overrides), return_hydra_config=True)
     OmegaConf.set_readonly(config, False)
     with open_dict(config):
@@ -139,6 +134,24 @@ def compose(overrides: Sequence[str], folder: Path) -> Config:
         HydraConfig.instance().set_config(config)  # what ${hydra:...} asks
         del config.hydra
     return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+
+
+def choices(group: str) -> list[str]:
+    """What a group of the configuration has to choose from, such as all names of "finetune", sorted.
+
+    Raises:
+        FileNotFoundError: If the package lies without its configuration files.
+    """
+    return sorted(path.stem for path in (_configuration_files() / group).glob("*.yaml"))
+
+
+def _configuration_files() -> Path:
+    files = Path(__file__).parent.parent / "conf"
+    if not files.is_dir():
+        raise FileNotFoundError(
+            f"no configuration files at {files}; run this in a checkout of the repository"
+        )
+    return files
 
 
 def data_source(config: Config) -> Source:

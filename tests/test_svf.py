@@ -5,6 +5,7 @@ import io
 import pickle
 
 import pytest
+import timm
 import torch
 from timm.layers import Conv2dSame, StdConv2d
 from torch import nn
@@ -137,6 +138,23 @@ def test_one_feature_map_is_kept_per_factored_convolution():
         layer(x)
 
     assert [tuple(t.shape) for t in kept if t.numel() > layer.vh.numel()] == [(1, 8, 16, 16)]
+
+
+def test_a_widening_1x1_layer_keeps_the_input_that_a_relu_keeps_anyway():
+    layer, kept = apply_svf(nn.Conv2d(8, 32, 1)), []
+    x = torch.randn(1, 8, 16, 16, requires_grad=True).relu()
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(x)
+
+    assert [t.data_ptr() for t in kept if t.numel() > layer.u.numel()] == [x.data_ptr()]
+
+
+def test_factors_lie_as_convolutions_read_them():
+    for shape in ((8, 4, 3, 3), (4, 8, 1, 1)):  # either branch of the decomposition
+        layer = SVFLayer(nn.Conv2d(shape[1], shape[0], shape[2]))
+        assert layer.u.is_contiguous()
+        assert layer.vh.is_contiguous()
 
 
 def test_factors_that_train_themselves_get_their_gradients():
@@ -288,15 +306,27 @@ def test_an_evaluated_network_is_exported_with_any_batch_size(rank):
     torch.testing.assert_close(exported.module()(x), net(x), atol=1e-5, rtol=1e-5)
 
 
-def test_distributed_data_parallel_trains_alike(tmp_path):
-    net, x = apply_svf(nn.Conv2d(3, 4, 3)), torch.randn(1, 3, 5, 5)
-    expected = torch.autograd.grad(net(x).square().sum(), net.s)[0]
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
-    try:
-        nn.parallel.DistributedDataParallel(net)(x).square().sum().backward()
-    finally:
-        torch.distributed.destroy_process_group()
-    torch.testing.assert_close(net.s.grad, expected)
+def train_on_half(rank, folder):
+    """One process of two: a backward pass on its half of the batch."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    net, x = torch.load(f"{folder}/given.pt", weights_only=False)  # written by the test itself
+    net = nn.parallel.DistributedDataParallel(apply_svf(net))
+    net(x[rank : rank + 1]).square().mean().backward()
+    torch.save([net.module[i].s.grad for i in (0, 2)], f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_distributed_processes_get_the_gradient_of_the_whole_batch(tmp_path):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 1)), torch.randn(2, 3, 7, 7)
+    torch.save((net, x), tmp_path / "given.pt")
+    torch.multiprocessing.spawn(train_on_half, (tmp_path,), nprocs=2)
+
+    apply_svf(net)(x).square().mean().backward()
+    for rank in (0, 1):
+        got = torch.load(tmp_path / f"{rank}.pt")
+        torch.testing.assert_close(got, [net[0].s.grad, net[2].s.grad])
 
 
 # ---- the decomposition
@@ -578,6 +608,24 @@ def test_attention_reads_the_factored_projection_through_its_weight():
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
     out.sum().backward()
     assert attention.out_proj.s.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(("dtype", "gap"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_a_vision_transformer_computes_what_it_did_before_training_and_after_merging(dtype, gap):
+    torch.manual_seed(0)
+    size = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    net = timm.create_model("vit_tiny_patch16_224", **size).to(dtype).eval()
+    x = torch.randn(2, 3, 32, 32, dtype=dtype)
+    plain = copy.deepcopy(net)
+    apply_svf(net)
+
+    factored = [name for name, module in net.named_modules() if isinstance(module, SVFLayer)]
+    assert len(factored) == 1 + 2 * 4 + 1  # patches; qkv, projection and two of the MLP a block; the head
+    assert relative(net(x), plain(x)) < gap
+    with torch.no_grad():
+        assert relative(net(x), plain(x)) < gap
+        assert relative(merge_svf(net)(x), plain(x)) < gap
+    assert repr(net) == repr(plain)
 
 
 def test_a_copy_or_a_pickle_computes_the_same_and_trains_apart():
