@@ -755,3 +755,15 @@ def test_the_first_convolution_at_the_official_rank_gives_the_official_output():
     layer, x = golden("first_conv")
     cut = from_factors(merge_svf(layer), layer.u[:, :24], layer.s[:24], layer.vh[:24])
     torch.testing.assert_close(cut(x), torch.from_numpy(ARRAYS["svf/first_conv"]), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_the_kernel_of_evaluation_lies_as_the_images_do(layout):
+    conv = nn.Conv2d(4, 6, 3)
+    layer = SVFLayer(conv).requires_grad_(False)
+    x = torch.randn(2, 4, 9, 9).to(memory_format=layout)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), conv(x))
+        kernel = layer._plain_kernel(x)
+        assert kernel.is_contiguous(memory_format=layout)
+        assert layer._plain_kernel(x) is kernel  # and is not made again

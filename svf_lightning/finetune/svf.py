@@ -165,7 +165,7 @@ class SVFLayer(nn.Module):
         )
         if len(self.kernel_shape) == 2:
             if not factored:
-                return F.linear(x, self._plain_kernel(), self.bias)
+                return F.linear(x, self._plain_kernel(x), self.bias)
             # Autograd alone does it well here: where u and vh are constants it forms no kernel gradient.
             y = F.linear(F.linear(x, self.vh) * values, self.u, self.bias)
             return y if self.rest is None else y + F.linear(x, self.rest)
@@ -174,7 +174,7 @@ class SVFLayer(nn.Module):
         if not factored:
             x, padding = self._pad(x)
             return _convolve(
-                x, self._plain_kernel(), self.bias, (self.stride, padding, self.dilation, self.groups)
+                x, self._plain_kernel(x), self.bias, (self.stride, padding, self.dilation, self.groups)
             )
         return self._factored_convolution(x, values)
 
@@ -188,7 +188,7 @@ class SVFLayer(nn.Module):
         )
         geometry = (self.stride, self.padding, output_padding, self.groups, self.dilation)
         if values is None:
-            return _TRANSPOSE[spatial](x, self._plain_kernel(), self.bias, *geometry)
+            return _TRANSPOSE[spatial](x, self._plain_kernel(x), self.bias, *geometry)
         ones = (1,) * spatial
         u = self.u.unflatten(0, (self.groups, -1)).mT.flatten(0, 1)  # (R, I / groups)
         z = _CONVOLVE[spatial](x, u.reshape(*u.shape, *ones), groups=self.groups) * values.view(-1, *ones)
@@ -240,15 +240,22 @@ class SVFLayer(nn.Module):
         sides = [side for t in reversed(total) for side in (t // 2, t - t // 2)]  # F.pad: last axis first
         return F.pad(x, sides, "constant" if self.padding_mode == "zeros" else self.padding_mode), 0
 
-    def _plain_kernel(self) -> Tensor:
-        """The kernel for evaluation, without gradient, rebuilt only if a factor has changed since."""
+    def _plain_kernel(self, x: Tensor) -> Tensor:
+        """The kernel for evaluation, without gradient, rebuilt only if a factor has changed since.
+
+        It lies in memory as ``x`` does, or torch would turn one of them around in every call.
+        """
         if torch.compiler.is_compiling():  # a compiled graph cannot ask for versions; it fuses the product
             return self.weight.detach()
         factors = [t for t in (self.u, self.s, self.vh, self.a, self.rest) if t is not None]
         tracked = not any(t.is_inference() for t in factors)  # inference tensors count no versions
-        state = [(t.data_ptr(), t._version, t.dtype, t.device) for t in factors] if tracked else None
+        last = x.dim() == len(self.kernel_shape) == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if last and not x.is_contiguous() else torch.contiguous_format
+        state = None
+        if tracked:
+            state = [layout, *((t.data_ptr(), t._version, t.dtype, t.device) for t in factors)]
         if self._kernel is None or state is None or self._kernel[0] != state:
-            self._kernel = (state, _merged_weight(self))
+            self._kernel = (state, _merged_weight(self).contiguous(memory_format=layout))
         return self._kernel[1]
 
     def train(self, mode: bool = True) -> "SVFLayer":
