@@ -122,7 +122,7 @@ class Baseline(nn.Module):
                 "or with model.network.shot_reduction=mean, which fits any number of shots"
             )
         batch = len(episode.query_image)
-        masks = foreground(episode.support_masks.flatten(0, 1))  # (BK, H, W)
+        masks = foreground(episode.support_masks.flatten(0, 1), episode.query_image)  # (BK, H, W)
 
         # Features of stages 2 and 3, and of stage 4 with the supports' background masked out.
         images = torch.cat([episode.query_image, episode.support_images.flatten(0, 1)])

@@ -75,7 +75,7 @@ class HSNet(nn.Module):
             Logits ``(B, 2, H, W)`` at the query's size; nothing auxiliary.
         """
         batch, shots = episode.support_masks.shape[:2]
-        masks = foreground(episode.support_masks.flatten(0, 1))  # (BK, H, W)
+        masks = foreground(episode.support_masks.flatten(0, 1), episode.query_image)  # (BK, H, W)
         images = torch.cat([episode.query_image, episode.support_images.flatten(0, 1)])
         levels = hyperfeatures(self.backbone, images)  # shallow to deep
         correlations = (

@@ -117,7 +117,7 @@ class PFENet(nn.Module):
             Logits ``(B, 2, H, W)`` at the query's size. In training also those of the inner classifiers
             as ``inner_0``, ``inner_1``, ..., at the same size.
         """
-        masks = foreground(episode.support_masks)  # (B, K, H, W)
+        masks = foreground(episode.support_masks, episode.query_image)  # (B, K, H, W)
 
         # Section 4.2: one prototype and one prior mask per support, averaged over the shots.
         query, prototypes, priors = compare(
