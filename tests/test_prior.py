@@ -22,7 +22,7 @@ def transcription(query, support, eps=1e-7):
 @pytest.mark.parametrize("at_once", [1, 2, 3])
 def test_prior_and_gradient_are_those_of_the_whole_similarity(at_once, monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(blocks, "COSINES_AT_ONCE", at_once * 20 * 12)
+    monkeypatch.setattr(blocks, "PAIRS_AT_ONCE", at_once * 20 * 12)
     query = torch.randn(2, 7, 4, 5, dtype=torch.float64, requires_grad=True)
     support = torch.randn(4, 7, 3, 4, dtype=torch.float64, requires_grad=True)  # two shots
     mask = (torch.rand(4, 1, 3, 4) < 0.5).double()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-COSINES_AT_ONCE = 2**25  # 128 MB in float32: two pairs of images at 473 pixels, all at 129
+PAIRS_AT_ONCE = 2**25  # 128 MB in float32: two pairs of images at 473 pixels, all at 129
 
 
 def resize(x: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
@@ -159,13 +159,13 @@ def _best_cosine(query: Tensor, support: Tensor, eps: float) -> tuple[Tensor, Te
     for rows in _chunks(query, support):
         q, s = query[rows // (len(support) // len(query))].to(dtype), support[rows].to(dtype)
         norms = s.norm(dim=1)[:, :, None] * q.norm(dim=1)[:, None, :]
-        best.append((s.mT @ q / (norms + eps)).max(dim=1))  # over (n, P', P)
+        best.append((s.mT @ q).div_(norms.add_(eps)).max(dim=1))  # over (n, P', P)
     return torch.cat([cosine for cosine, _ in best]), torch.cat([index for _, index in best])
 
 
 def _chunks(query: Tensor, support: Tensor) -> Sequence[Tensor]:
     """Numbers of the supports whose cosines are computed together."""
-    at_once = max(1, COSINES_AT_ONCE // (query.shape[2] * support.shape[2]))
+    at_once = max(1, PAIRS_AT_ONCE // (query.shape[2] * support.shape[2]))
     return torch.arange(len(support), device=support.device).split(at_once)
 
 

@@ -16,7 +16,7 @@ Where we knowingly differ:
 - The padding of the query is read off its picture, since a label must not tell it at test time; the official
   code carries a mask along. Either can be handed to ``forward``.
 - The deformable attention is ``grid_sample``, not a CUDA kernel, and the attention is PyTorch's fused one:
-  the similarity of all pairs is looked at once, without a gradient, and not kept.
+  the similarity of all pairs is looked at once, without a gradient, episode by episode, and not kept.
 - ``addtional_proj`` of the official state dict is never used there and does not exist here.
 
 Kept as published: the dropouts inside the attentions, the -10000 of an unwanted token (finite, so that an
@@ -35,6 +35,7 @@ from torch.nn import functional as F
 from svf_lightning.backbones.backbone import Backbone
 from svf_lightning.episode import IGNORE, Episode, Prediction
 from svf_lightning.models.blocks import (
+    PAIRS_AT_ONCE,
     conv_relu,
     foreground,
     init_kaiming,
@@ -254,8 +255,10 @@ class CycleAttention(nn.Module):
         q = self.q_fc(query).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, c)
         k = self.k_fc(support.features).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, S, c)
         v = self.v_fc(support.features).unflatten(2, (self.heads, -1)).transpose(1, 2)
-        with torch.no_grad():
-            consistent = cycle_consistent(q @ k.mT, support.is_object)  # (B, heads, S)
+        with torch.no_grad():  # of as many episodes at a time as memory is meant for
+            at_once = max(1, PAIRS_AT_ONCE // (self.heads * q.shape[2] * k.shape[2]))
+            some = zip(*(x.split(at_once) for x in (q, k, support.is_object)), strict=True)
+            consistent = torch.cat([cycle_consistent(a @ b.mT, label) for a, b, label in some])
         unwanted = (self.association_drop((~consistent).float()) > 0).float() + support.is_padding[:, None]
         bias = -1e4 * unwanted
         # Softmax ignores a common shift. Without it, low precision would round q k away beside 10000.
