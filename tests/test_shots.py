@@ -194,3 +194,15 @@ def test_a_model_computes_in_the_precision_that_it_is_given(method, dtype, near)
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=near)
     if dtype == torch.float64:  # and not in float32 on the way
         assert losses[1].item() != losses[0].item()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_any_size_is_taken_but_one_for_query_and_supports(method):
+    model = build(method, torch.float32).eval()
+    task = episode(torch.float32)  # 49 pixels
+    even = Episode(*(x[..., :38, :47] for x in task[:4]), task.class_id)
+    with torch.no_grad():
+        assert model(even).logits.shape == (2, 2, 38, 47)
+        mixed = task._replace(query_image=even.query_image)
+        with pytest.raises(ValueError, match=r"query_image is \(38, 47\) but support_images are \(49, 49\)"):
+            model(mixed)

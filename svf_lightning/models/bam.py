@@ -34,7 +34,15 @@ from torch import Tensor, nn
 
 from svf_lightning.backbones.backbone import Backbone
 from svf_lightning.episode import Episode, Prediction
-from svf_lightning.models.blocks import ASPP, compare, conv_relu, foreground, init_kaiming, resize
+from svf_lightning.models.blocks import (
+    ASPP,
+    compare,
+    conv_relu,
+    foreground,
+    init_kaiming,
+    one_batch,
+    resize,
+)
 
 
 class Outputs(NamedTuple):
@@ -169,7 +177,7 @@ class BAM(nn.Module):
                 f"this BAM weighs {self.shot} shot(s) and got {shots}; take or train one with shot={shots}"
             )
         masks = foreground(episode.support_masks.flatten(0, 1), episode.query_image)  # (BK, H, W)
-        images = torch.cat([episode.query_image, episode.support_images.flatten(0, 1)])
+        images = one_batch(episode.query_image, episode.support_images)
         see_all = masks.new_ones(batch, *masks.shape[1:])
         features = self.backbone(images, layer4_mask=torch.cat([see_all, masks]))[2:]  # of B + BK images
         query, prototypes, priors = compare(

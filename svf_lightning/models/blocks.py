@@ -26,6 +26,20 @@ def foreground(masks: Tensor, like: Tensor) -> Tensor:
     return (masks == 1).to(torch.promote_types(like.dtype, torch.float32))
 
 
+def one_batch(query: Tensor, supports: Tensor) -> Tensor:
+    """Put queries ``(B, 3, H, W)`` and then their supports ``(B, K, 3, H, W)`` into one batch of ``B + BK``.
+
+    Raises:
+        ValueError: If their sizes differ.
+    """
+    if query.shape[-2:] != supports.shape[-2:]:
+        raise ValueError(
+            f"query_image is {tuple(query.shape[-2:])} but support_images are {tuple(supports.shape[-2:])}; "
+            "they pass the backbone together, so fit them to one size"
+        )
+    return torch.cat([query, supports.flatten(0, 1)])
+
+
 def conv_relu(
     in_channels: int, out_channels: int, kernel_size: int = 1, dilation: int = 1, bias: bool = False
 ) -> list[nn.Module]:

@@ -40,6 +40,7 @@ from svf_lightning.models.blocks import (
     foreground,
     init_kaiming,
     masked_average_pool,
+    one_batch,
     prior_mask,
     resize,
 )
@@ -477,7 +478,7 @@ class CyCTR(nn.Module):
             support_padding = episode.support_masks == IGNORE
 
         # The supports go in whole: only the prior masks their stage 4 features, and after the stage.
-        *_, f2, f3, f4 = self.backbone(torch.cat([episode.query_image, episode.support_images.flatten(0, 1)]))
+        *_, f2, f3, f4 = self.backbone(one_batch(episode.query_image, episode.support_images))
         size = (f3 if self.grid == "layer3" else f2).shape[-2:]
         middle = torch.cat([resize(f2, size), resize(f3, size)], dim=1)  # stage 2 first, unlike PFENet
         query = self.adjust_feature_qry(middle[:batch])  # (B, C, h, w)

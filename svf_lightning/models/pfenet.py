@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from svf_lightning.backbones.backbone import Backbone
 from svf_lightning.episode import Episode, Prediction
-from svf_lightning.models.blocks import compare, conv_relu, foreground, resize
+from svf_lightning.models.blocks import compare, conv_relu, foreground, one_batch, resize
 
 
 class PFENet(nn.Module):
@@ -141,7 +141,7 @@ class PFENet(nn.Module):
         query, supports = episode.query_image, episode.support_images
         see_all = torch.ones_like(masks[:, 0])
         if not (self.training and self.batch_norm == "batch"):
-            images = torch.cat([query, supports.flatten(0, 1)])
+            images = one_batch(query, supports)
             return self.backbone(images, torch.cat([see_all, masks.flatten(0, 1)]))[2:]
         # Each pass has its own batch statistics: one for the queries, one per shot.
         of_query = self.backbone(query, see_all)[2:]
