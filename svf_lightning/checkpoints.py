@@ -66,10 +66,12 @@ def from_official(
     try:
         return _METHODS[method](state, backbone, shot).eval()
     except ValueError as error:
-        found = next((methods for key, methods in _SIGNS.items() if key in state), (method,))
-        if method in found:
-            raise
-        raise ValueError(f"{error}; import it as method {' or '.join(map(repr, found))}") from None
+        methods = next((methods for key, methods in _SIGNS.items() if key in state), (method,))
+        if method not in methods:
+            raise ValueError(f"{error}; import it as method {' or '.join(map(repr, methods))}") from None
+        if _backbone_of(state) not in (None, backbone):
+            raise ValueError(f"{error}; import it with backbone={_backbone_of(state)!r}") from None
+        raise
 
 
 def _baseline(state: State, backbone: str, shot: int) -> nn.Module:
@@ -146,6 +148,14 @@ def _bam(state: State, backbone: str, shot: int) -> nn.Module:
         own_stages=[f"layer{i}" for i in range(5)] if separate else (),
     )
     return _fill(model, state, "the checkpoint")
+
+
+def _backbone_of(state: State) -> str | None:
+    """Which backbone a checkpoint has, as far as its names show it."""
+    names = "\n".join(state)
+    if "layer3.5.conv1." in names:
+        return "resnet101" if "layer3.22.conv1." in names else "resnet50"
+    return "vgg16" if "layer4.6." in names or "features.28." in names else None
 
 
 def _check_shot(state: State, shot: int, why: str) -> None:

@@ -224,3 +224,12 @@ def test_the_one_layer_that_weighs_shots_cannot_be_imported_and_says_so():
     state = official_state("bam", "vgg16") | {"kshot_rw.weight": torch.zeros(5, 5, 1, 1)}
     with pytest.raises(ValueError, match="kshot_trans_dim=0"):
         from_official("bam", state, backbone="vgg16", shot=5)
+
+
+@pytest.mark.parametrize("method", ["baseline", "hsnet"])
+def test_a_checkpoint_of_another_backbone_is_refused_and_the_right_one_named(method):
+    with pytest.raises(ValueError, match="import it with backbone='vgg16'"):
+        from_official(method, official_state(method, "vgg16"), backbone="resnet50")
+    small = {key: value for key, value in official_state(method, "resnet50").items() if "layer4" not in key}
+    with pytest.raises(ValueError, match="import it with backbone='resnet50'"):
+        from_official(method, small, backbone="vgg16")
