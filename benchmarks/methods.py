@@ -81,7 +81,9 @@ def pass_by_pass(
 
 def plain_prior(query: Tensor, support: Tensor, eps: float = 1e-7) -> Tensor:
     priors = []
-    for q, s in zip(query.flatten(2), support.flatten(2), strict=True):
+    shots = len(support) // len(query)
+    for number, s in enumerate(support.flatten(2)):
+        q = query[number // shots].flatten(1)
         norms = s.norm(dim=0)[:, None] * q.norm(dim=0)[None]
         similarity = (s.T @ q / (norms + eps)).max(dim=0).values
         low, high = similarity.min(), similarity.max()

@@ -50,8 +50,9 @@ def from_official(
         The model, in eval mode.
 
     Raises:
-        ValueError: For an unknown method or backbone, or at the first key that is missing, left over or
-            of another shape.
+        ValueError: For an unknown method or backbone, for a checkpoint of another method or trained for
+            another number of shots that matters, or at the first key that is missing, left over or of
+            another shape. "pfenet" and "svf_pfenet" without SVF factors cannot be told apart.
 
     Example:
         >>> from_official("unet", {})  # doctest: +ELLIPSIS
@@ -62,14 +63,23 @@ def from_official(
         raise ValueError(f"method must be one of {', '.join(_METHODS)}; got {method!r}")
     content: Any = state_dict.get("state_dict", state_dict)
     state = {key.removeprefix("module."): value for key, value in content.items()}
-    return _METHODS[method](state, backbone, shot).eval()
+    try:
+        return _METHODS[method](state, backbone, shot).eval()
+    except ValueError as error:
+        methods = next((methods for key, methods in _SIGNS.items() if key in state), (method,))
+        if method not in methods:
+            raise ValueError(f"{error}; import it as method {' or '.join(map(repr, methods))}") from None
+        if _backbone_of(state) not in (None, backbone):
+            raise ValueError(f"{error}; import it with backbone={_backbone_of(state)!r}") from None
+        raise
 
 
 def _baseline(state: State, backbone: str, shot: int) -> nn.Module:
     # down_query has a gradient in the official code too, though its optimizer never sees it.
     model = Baseline(_backbone(backbone, "torchvision"), shot, train_down_query=True)
-    if shot > 1:  # made and saved, but never used there
-        state = {key: value for key, value in state.items() if not key.startswith("kshot_rw.")}
+    _check_shot(state, shot, "whose sums over the shots fit no other number")
+    # Made and saved for more than one shot, but never used there.
+    state = {key: value for key, value in state.items() if not key.startswith("kshot_rw.")}
     return _fill(model, state, "the checkpoint")
 
 
@@ -121,11 +131,11 @@ def _bam(state: State, backbone: str, shot: int) -> nn.Module:
     """Both BAM codes. Base class ids are not in the file: they count from 1 here."""
     if "learner_base.1.4.bias" not in state:
         raise ValueError("the checkpoint has no 'learner_base.1.4.bias'; it is no checkpoint of BAM")
-    trained = len(state["kshot_rw.2.bias"]) if "kshot_rw.2.bias" in state else 1
-    if trained != shot:
+    _check_shot(state, shot, "whose learned weights fit no other number")
+    if "kshot_rw.weight" in state:
         raise ValueError(
-            f"the checkpoint was trained for {trained} shot(s), whose learned weights fit no other number, "
-            f"but shot={shot}; import it with shot={trained}"
+            "the checkpoint weighs its shots by one layer, 'kshot_rw.weight' (kshot_trans_dim=0 there); "
+            "only the two layers of the default, kshot_trans_dim=2, can be imported"
         )
     state, separate = _name_base_backbone(state)
     classes = len(state["learner_base.1.4.bias"]) - 1
@@ -138,6 +148,25 @@ def _bam(state: State, backbone: str, shot: int) -> nn.Module:
         own_stages=[f"layer{i}" for i in range(5)] if separate else (),
     )
     return _fill(model, state, "the checkpoint")
+
+
+def _backbone_of(state: State) -> str | None:
+    """Which backbone a checkpoint has, as far as its names show it."""
+    names = "\n".join(state)
+    if "layer3.5.conv1." in names:
+        return "resnet101" if "layer3.22.conv1." in names else "resnet50"
+    return "vgg16" if "layer4.6." in names or "features.28." in names else None
+
+
+def _check_shot(state: State, shot: int, why: str) -> None:
+    """Refuse a number of shots that the checkpoint was not trained for."""
+    last = next((key for key in ("kshot_rw.2.bias", "kshot_rw.weight") if key in state), None)
+    trained = 1 if last is None else len(state[last])
+    if trained != shot:
+        raise ValueError(
+            f"the checkpoint was trained for {trained} shot(s), {why}, but shot={shot}; "
+            f"import it with shot={trained}"
+        )
 
 
 def _name_base_backbone(state: State) -> tuple[State, bool]:
@@ -165,6 +194,16 @@ def _bam_base(state: State, backbone: str, shot: int) -> nn.Module:
     model = PSPNet(_backbone(backbone, "uniform"), len(state["cls.4.bias"]) - 1)
     return _fill(model, state, "the checkpoint").requires_grad_(True)
 
+
+# What only the checkpoints of these methods have; the first that fits decides.
+_SIGNS = {
+    "hpn_learner.decoder2.2.bias": ("hsnet",),
+    "transformer.level_embed": ("cyctr",),
+    "alpha_conv.0.0.weight": ("pfenet", "svf_pfenet"),
+    "learner_base.1.4.bias": ("bam", "svf_bam"),
+    "ppm.features.0.1.weight": ("bam_base",),
+    "ASPP_meta.layer6_0.0.weight": ("baseline",),
+}
 
 _METHODS = {
     "baseline": _baseline,

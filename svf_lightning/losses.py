@@ -37,6 +37,7 @@ def cross_entropy(
         target = target.masked_fill(target == IGNORE, BACKGROUND)
 
     def term(logits: Tensor) -> Tensor:
+        logits = _wide(logits)
         weight = logits.new_tensor([1.0, foreground_weight])
         total = F.cross_entropy(logits, target, weight, ignore_index=IGNORE, reduction="sum")
         counted = weight[0] * (target == 0).sum() + weight[1] * (target == 1).sum()
@@ -75,8 +76,8 @@ def cyctr_dice(
     """
 
     def term(logits: Tensor, masks: Tensor) -> Tensor:
-        p = logits.float().sigmoid()  # (N, 2, H, W)
-        t = torch.stack([masks == 0, masks == 1], dim=1).float()
+        p = _wide(logits).sigmoid()  # (N, 2, H, W)
+        t = torch.stack([masks == 0, masks == 1], dim=1).to(p.dtype)
         square = p.square() if count_ignored else p.square() * (masks != IGNORE)[:, None]
         overlap, total = (p * t).sum(dim=(2, 3)), (square + t).sum(dim=(2, 3))  # t is its own square
         return (1 - 2 * overlap / total.clamp_min(1e-8)).sum(dim=1).mean()
@@ -86,3 +87,8 @@ def cyctr_dice(
         supports = prediction.auxiliary["support"].flatten(0, 1)
         loss = loss + auxiliary_weight * term(supports, episode.support_masks.flatten(0, 1))
     return loss
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """In float32 at least: half precision loses count over the pixels of an image."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -287,3 +287,10 @@ def test_void_can_count_as_background():
 def test_an_option_without_meaning_is_refused_by_name(option):
     with pytest.raises(ValueError, match=next(iter(option))):
         HSNet(efficientnet_lite0(weights=None), **option)
+
+
+def test_images_too_small_for_a_vgg_are_refused_by_size():
+    model = HSNet(vgg16(batch_norm=False, ceil_mode=False), channels=8).eval()
+    with pytest.raises(ValueError, match=r"images are \(31, 31\), but .* needs 32 pixels or more"):
+        model(tiny_episode(1, side=31))
+    assert model(tiny_episode(1, side=32)).logits.shape == (2, 2, 32, 32)

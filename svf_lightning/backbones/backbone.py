@@ -103,7 +103,8 @@ def _weigh(state: Tensor | tuple[Tensor, ...], mask: Tensor) -> Tensor | tuple[T
         weighed = _weigh(state[0], mask)
         assert isinstance(weighed, Tensor)
         return weighed, *state[1:]
-    mask = F.interpolate(mask[:, None].float(), state.shape[-2:], mode="bilinear", align_corners=True)
+    mask = mask[:, None].to(torch.promote_types(mask.dtype, torch.float32))
+    mask = F.interpolate(mask, state.shape[-2:], mode="bilinear", align_corners=True)
     return state * mask.to(state.dtype)  # in the map's own type: float32 would undo autocast
 
 

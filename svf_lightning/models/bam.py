@@ -34,7 +34,15 @@ from torch import Tensor, nn
 
 from svf_lightning.backbones.backbone import Backbone
 from svf_lightning.episode import Episode, Prediction
-from svf_lightning.models.blocks import ASPP, compare, conv_relu, foreground, init_kaiming, resize
+from svf_lightning.models.blocks import (
+    ASPP,
+    compare,
+    conv_relu,
+    foreground,
+    init_kaiming,
+    one_batch,
+    resize,
+)
 
 
 class Outputs(NamedTuple):
@@ -168,8 +176,8 @@ class BAM(nn.Module):
             raise ValueError(
                 f"this BAM weighs {self.shot} shot(s) and got {shots}; take or train one with shot={shots}"
             )
-        masks = foreground(episode.support_masks.flatten(0, 1))  # (BK, H, W)
-        images = torch.cat([episode.query_image, episode.support_images.flatten(0, 1)])
+        masks = foreground(episode.support_masks.flatten(0, 1), episode.query_image)  # (BK, H, W)
+        images = one_batch(episode.query_image, episode.support_images)
         see_all = masks.new_ones(batch, *masks.shape[1:])
         features = self.backbone(images, layer4_mask=torch.cat([see_all, masks]))[2:]  # of B + BK images
         query, prototypes, priors = compare(
@@ -179,7 +187,8 @@ class BAM(nn.Module):
 
         # "Ensemble": how unlike the query each support is as a whole. "K-Shot Setting": so is it heard.
         low = resize(features[0], size)
-        differences = gram_difference(low[:batch], low[batch:].unflatten(0, (batch, shots)))  # (B, K)
+        differences = gram_difference(low[:batch], low[batch:].unflatten(0, (batch, shots)))
+        differences = differences.to(self.gram_merge.weight.dtype)  # (B, K)
         weights = self.shot_weights(differences)  # (B, K)
         adjustment = (weights * differences).sum(dim=1)[:, None, None, None]  # psi, (B, 1, 1, 1)
         prototype = torch.einsum("bk,bkc->bc", weights, prototypes)[:, :, None, None]
@@ -194,7 +203,8 @@ class BAM(nn.Module):
         # "Base Learner"
         with torch.no_grad():
             base = resize(self.learner_base(self._base_features(episode.query_image, features[2])), size)
-            base_map = (base.softmax(dim=1)[:, 1:] * self._counted(episode.class_id)).sum(dim=1, keepdim=True)
+            counted = self._counted(episode.class_id).to(base.dtype)
+            base_map = (base.softmax(dim=1)[:, 1:] * counted).sum(dim=1, keepdim=True)
 
         # "Ensemble"
         psi = adjustment.expand(-1, 1, *size)
@@ -262,7 +272,8 @@ def gram_difference(query: Tensor, supports: Tensor, eps: float = 1e-7) -> Tenso
 
     # A difference of nearly equal numbers: half precision would leave nothing of it.
     with torch.autocast(query.device.type, enabled=False):
-        return (gram(query.float())[:, None] - gram(supports.float())).norm(dim=(2, 3)) / query.shape[1]
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        return (gram(query.to(dtype))[:, None] - gram(supports.to(dtype))).norm(dim=(2, 3)) / query.shape[1]
 
 
 def _keep_the_first() -> nn.Conv2d:

@@ -27,7 +27,15 @@ from torch import nn
 
 from svf_lightning.backbones.backbone import Backbone
 from svf_lightning.episode import Episode, Prediction
-from svf_lightning.models.blocks import ASPP, compare, conv_relu, foreground, init_kaiming, resize
+from svf_lightning.models.blocks import (
+    ASPP,
+    compare,
+    conv_relu,
+    foreground,
+    init_kaiming,
+    one_batch,
+    resize,
+)
 
 
 class Baseline(nn.Module):
@@ -122,10 +130,10 @@ class Baseline(nn.Module):
                 "or with model.network.shot_reduction=mean, which fits any number of shots"
             )
         batch = len(episode.query_image)
-        masks = foreground(episode.support_masks.flatten(0, 1))  # (BK, H, W)
+        masks = foreground(episode.support_masks.flatten(0, 1), episode.query_image)  # (BK, H, W)
 
         # Features of stages 2 and 3, and of stage 4 with the supports' background masked out.
-        images = torch.cat([episode.query_image, episode.support_images.flatten(0, 1)])
+        images = one_batch(episode.query_image, episode.support_images)
         see_all = masks.new_ones(batch, *masks.shape[1:])
         features = self.backbone(images, layer4_mask=torch.cat([see_all, masks]))[2:]
         query, prototypes, priors = compare(

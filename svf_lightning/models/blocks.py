@@ -1,12 +1,14 @@
 """The few pieces that several methods share, each with its source."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-COSINES_AT_ONCE = 2**25  # 128 MB in float32: two pairs of images at 473 pixels, all at 129
+PAIRS_AT_ONCE = 2**25  # 128 MB in float32: two pairs of images at 473 pixels, all at 129
 
 
 def resize(x: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
@@ -16,9 +18,26 @@ def resize(x: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=True)
 
 
-def foreground(masks: Tensor) -> Tensor:
-    """Turn masks with values 0, 1 and 255 into weights 1.0 on the class and 0.0 elsewhere."""
-    return (masks == 1).float()
+def foreground(masks: Tensor, like: Tensor) -> Tensor:
+    """Turn masks with values 0, 1 and 255 into weights 1.0 on the class and 0.0 elsewhere.
+
+    They are in float32, in float64 if ``like`` is: sums over them would go wrong in half precision.
+    """
+    return (masks == 1).to(torch.promote_types(like.dtype, torch.float32))
+
+
+def one_batch(query: Tensor, supports: Tensor) -> Tensor:
+    """Put queries ``(B, 3, H, W)`` and then their supports ``(B, K, 3, H, W)`` into one batch of ``B + BK``.
+
+    Raises:
+        ValueError: If their sizes differ.
+    """
+    if query.shape[-2:] != supports.shape[-2:]:
+        raise ValueError(
+            f"query_image is {tuple(query.shape[-2:])} but support_images are {tuple(supports.shape[-2:])}; "
+            "they pass the backbone together, so fit them to one size"
+        )
+    return torch.cat([query, supports.flatten(0, 1)])
 
 
 def conv_relu(
@@ -60,7 +79,7 @@ def masked_average_pool(features: Tensor, mask: Tensor, eps: float = 5e-4) -> Te
         eps: Added to the area, which is counted in feature positions.
 
     Returns:
-        Prototypes, shape ``(N, C)``, in the units of ``features``.
+        Prototypes, shape ``(N, C)``, in the units and the type of ``features``.
 
     Raises:
         ValueError: If features and mask differ in height or width.
@@ -80,41 +99,93 @@ def masked_average_pool(features: Tensor, mask: Tensor, eps: float = 5e-4) -> Te
             "resize the mask to the features first"
         )
     area = mask.sum(dim=(1, 2)) + eps
-    return torch.einsum("nchw,nhw->nc", features, mask) / area[:, None]
+    pooled = torch.einsum("nchw,nhw->nc", features, mask.to(features.dtype)) / area[:, None]
+    return pooled.to(features.dtype)
 
 
 def prior_mask(query: Tensor, support: Tensor, eps: float = 1e-7) -> Tensor:
     """Tell how much each query position resembles anything in the masked support image.
 
     The similarity of a query position is its best cosine over all support positions, stretched
-    to ``[0, 1]`` within each image.
+    to ``[0, 1]`` within each image. Computed in float32 or better, also under autocast.
 
     Args:
-        query: High-level query features, shape ``(N, C, H, W)``.
-        support: High-level support features with the background set to zero, same shape.
+        query: High-level query features, shape ``(B, C, H, W)``.
+        support: High-level support features with the background set to zero, shape ``(BK, C, H', W')``:
+            the K supports of a query one after the other.
         eps: Keeps both divisions finite; a support with an empty mask gives a prior of zeros.
 
     Returns:
-        Prior, shape ``(N, 1, H, W)``, in ``[0, 1]``.
+        Prior of every support, shape ``(BK, 1, H, W)``, in ``[0, 1]``.
 
     Source:
         Tian et al., PFENet, TPAMI 2020, section 4.2.
     """
-    q, s = query.flatten(2), support.flatten(2)  # (N, C, P), (N, C, P')
-    at_once = max(1, COSINES_AT_ONCE // (q.shape[2] * s.shape[2]))
-    # Plainly the maximum of all cosines: picking the best pairs first and computing only these again would
-    # save memory in training, but moves the tiny gradient of stage 4 by 7e-4 against the official code's.
-    pairs = zip(q.split(at_once), s.split(at_once), strict=True)
-    similarity = torch.cat([_cosines(a, b, eps).amax(dim=1) for a, b in pairs])  # (N, P)
-    low, high = similarity.amin(dim=1, keepdim=True), similarity.amax(dim=1, keepdim=True)
-    prior = (similarity - low) / (high - low + eps)
+    q, s = query.flatten(2), support.flatten(2)  # (B, C, P), (BK, C, P')
+    with torch.autocast(query.device.type, enabled=False):
+        if torch.is_grad_enabled() and (q.requires_grad or s.requires_grad):
+            similarity = _BestCosine.apply(q, s, eps)  # (BK, P)
+        else:
+            similarity = _best_cosine(q, s, eps)[0]
+        low, high = similarity.amin(dim=1, keepdim=True), similarity.amax(dim=1, keepdim=True)
+        prior = (similarity - low) / (high - low + eps)
     return prior.unflatten(1, query.shape[-2:])[:, None]
 
 
-def _cosines(query: Tensor, support: Tensor, eps: float) -> Tensor:
-    """Cosines of all support positions ``(N, C, P')`` with all of the query ``(N, C, P)``: ``(N, P', P)``."""
-    norms = support.norm(dim=1)[:, :, None] * query.norm(dim=1)[:, None, :]
-    return support.mT @ query / (norms + eps)
+class _BestCosine(torch.autograd.Function):
+    """Best cosine of each query position with any support position, without keeping all the others.
+
+    The gradient goes to the best pair alone, the first one if several are as good, as that of ``max``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, support: Tensor, eps: float) -> Tensor:
+        cosine, index = _best_cosine(query, support, eps)
+        ctx.save_for_backward(query, support, cosine, index)
+        ctx.eps = eps
+        return cosine
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        query, support, cosine, index = ctx.saved_tensors
+        of_query, of_support = torch.zeros_like(query, dtype=grad.dtype), torch.empty_like(support)
+        for rows in _chunks(query, support):
+            episodes = rows // (len(support) // len(query))
+            q, s = query[episodes].to(grad.dtype), support[rows].to(grad.dtype)
+            places = index[rows, None].expand(-1, q.shape[1], -1)  # (n, C, P)
+            best = s.gather(2, places)
+            q_norm, s_norm = q.norm(dim=1), best.norm(dim=1)  # (n, P)
+            scale = grad[rows] / (q_norm * s_norm + ctx.eps)
+            # d cos = (d(q s) - cos d(|q| |s|)) / (|q| |s| + eps); a norm of zero has no direction to grow in
+            shrink = scale * cosine[rows]
+            to_query = scale[:, None] * best - (shrink * _ratio(s_norm, q_norm))[:, None] * q
+            to_best = scale[:, None] * q - (shrink * _ratio(q_norm, s_norm))[:, None] * best
+            of_query.index_add_(0, episodes, to_query)
+            of_support[rows] = torch.zeros_like(s).scatter_add_(2, places, to_best).to(support.dtype)
+        return of_query.to(query.dtype), of_support, None
+
+
+def _best_cosine(query: Tensor, support: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Best cosine of each query position and where in the support it is, both ``(BK, P)``."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    best = []
+    for rows in _chunks(query, support):
+        q, s = query[rows // (len(support) // len(query))].to(dtype), support[rows].to(dtype)
+        norms = s.norm(dim=1)[:, :, None] * q.norm(dim=1)[:, None, :]
+        best.append((s.mT @ q).div_(norms.add_(eps)).max(dim=1))  # over (n, P', P)
+    return torch.cat([cosine for cosine, _ in best]), torch.cat([index for _, index in best])
+
+
+def _chunks(query: Tensor, support: Tensor) -> Sequence[Tensor]:
+    """Numbers of the supports whose cosines are computed together."""
+    at_once = max(1, PAIRS_AT_ONCE // (query.shape[2] * support.shape[2]))
+    return torch.arange(len(support), device=support.device).split(at_once)
+
+
+def _ratio(above: Tensor, below: Tensor) -> Tensor:
+    """A quotient that is zero where it would divide by zero."""
+    return torch.where(below > 0, above / below, 0)
 
 
 def compare(
@@ -154,9 +225,9 @@ def compare(
     priors = []
     for stage in prior_stages:
         feature = (f2, f3, f4)[stage - 2]
-        masked = feature[batch:] * resize(masks[:, None], feature.shape[-2:])
-        priors.append(resize(prior_mask(feature[:batch].repeat_interleave(shots, dim=0), masked), size))
-    return query, prototypes, torch.cat(priors, dim=1).unflatten(0, (batch, shots))
+        masked = feature[batch:] * resize(masks[:, None], feature.shape[-2:]).to(feature.dtype)
+        priors.append(resize(prior_mask(feature[:batch], masked), size))
+    return query, prototypes, torch.cat(priors, dim=1).unflatten(0, (batch, shots)).to(query.dtype)
 
 
 class ASPP(nn.Module):

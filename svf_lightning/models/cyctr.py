@@ -16,7 +16,7 @@ Where we knowingly differ:
 - The padding of the query is read off its picture, since a label must not tell it at test time; the official
   code carries a mask along. Either can be handed to ``forward``.
 - The deformable attention is ``grid_sample``, not a CUDA kernel, and the attention is PyTorch's fused one:
-  the similarity of all pairs is looked at once, without a gradient, and not kept.
+  the similarity of all pairs is looked at once, without a gradient, episode by episode, and not kept.
 - ``addtional_proj`` of the official state dict is never used there and does not exist here.
 
 Kept as published: the dropouts inside the attentions, the -10000 of an unwanted token (finite, so that an
@@ -35,10 +35,12 @@ from torch.nn import functional as F
 from svf_lightning.backbones.backbone import Backbone
 from svf_lightning.episode import IGNORE, Episode, Prediction
 from svf_lightning.models.blocks import (
+    PAIRS_AT_ONCE,
     conv_relu,
     foreground,
     init_kaiming,
     masked_average_pool,
+    one_batch,
     prior_mask,
     resize,
 )
@@ -123,12 +125,13 @@ def cycle_consistent(similarity: Tensor, is_object: Tensor) -> Tensor:
     return label.gather(2, back.gather(2, there)) == label
 
 
-def sine_code(is_padding: Tensor, channels: int) -> Tensor:
+def sine_code(is_padding: Tensor, channels: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Code each position by sines of its height and width, as shares of the picture inside the padding.
 
     Args:
         is_padding: Positions outside the picture, shape ``(B, h, w)``, bool.
         channels: Divisible by 4: the first half codes the height, the second the width.
+        dtype: Of the result; not half precision, which cannot count the positions.
 
     Returns:
         Shape ``(B, h * w, channels)``.
@@ -136,9 +139,9 @@ def sine_code(is_padding: Tensor, channels: int) -> Tensor:
     Source:
         Carion et al., DETR, ECCV 2020 (normalised, temperature 10000).
     """
-    inside = (~is_padding).float()
+    inside = (~is_padding).to(dtype)
     half = channels // 2
-    exponent = 2 * (torch.arange(half, device=inside.device) // 2) / half
+    exponent = 2 * (torch.arange(half, device=inside.device, dtype=dtype) // 2) / half
     codes = []
     for dim in (1, 2):
         steps = inside.cumsum(dim)
@@ -200,27 +203,29 @@ class DeformableAttention(nn.Module):
         """
         height, width = size
         batch, positions, _ = query.shape
-        value = self.value_proj(source).float()
+        value = self.value_proj(source)
+        dtype = torch.promote_types(value.dtype, torch.float32)
+        value = value.to(dtype)
         kept = self.value_drop(torch.ones_like(value[..., :1])) > 0  # whole tokens, and not rescaled
         value = value.masked_fill(is_padding[..., None] | ~kept, 0)
         value = value.mT.unflatten(1, (self.heads, -1)).flatten(0, 1).unflatten(2, size)  # (B heads, c, h, w)
 
         # Places in float32: eight bits of bfloat16 would move them by whole positions.
-        offset = self.sampling_offsets(query).float().view(batch, positions, self.heads, self.points, 2)
+        offset = self.sampling_offsets(query).to(dtype).view(batch, positions, self.heads, self.points, 2)
         y, x = torch.meshgrid(
-            (torch.arange(height, device=query.device) + 0.5) / height,
-            (torch.arange(width, device=query.device) + 0.5) / width,
+            (torch.arange(height, device=query.device, dtype=dtype) + 0.5) / height,
+            (torch.arange(width, device=query.device, dtype=dtype) + 0.5) / width,
             indexing="ij",
         )
         centre = torch.stack([x, y], dim=-1).view(1, positions, 1, 1, 2)
         place = centre + offset / offset.new_tensor([width, height])
-        weight = self.attention_weights(query).float().view(batch, positions, self.heads, self.points)
+        weight = self.attention_weights(query).to(dtype).view(batch, positions, self.heads, self.points)
         weight = self.attention_drop(weight.softmax(dim=-1))
 
         grid = (2 * place - 1).transpose(1, 2).flatten(0, 1)  # (B heads, h w, points, 2), in [-1, 1]
         seen = F.grid_sample(value, grid, align_corners=False)  # (B heads, c, h w, points)
         out = (seen * weight.transpose(1, 2).flatten(0, 1)[:, None]).sum(dim=-1)  # (B heads, c, h w)
-        return self.output_proj(out.unflatten(0, (batch, self.heads)).flatten(1, 2).mT)
+        return self.output_proj(out.unflatten(0, (batch, self.heads)).flatten(1, 2).mT.to(source.dtype))
 
 
 class CycleAttention(nn.Module):
@@ -251,8 +256,10 @@ class CycleAttention(nn.Module):
         q = self.q_fc(query).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, c)
         k = self.k_fc(support.features).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, S, c)
         v = self.v_fc(support.features).unflatten(2, (self.heads, -1)).transpose(1, 2)
-        with torch.no_grad():
-            consistent = cycle_consistent(q @ k.mT, support.is_object)  # (B, heads, S)
+        with torch.no_grad():  # of as many episodes at a time as memory is meant for
+            at_once = max(1, PAIRS_AT_ONCE // (self.heads * q.shape[2] * k.shape[2]))
+            some = zip(*(x.split(at_once) for x in (q, k, support.is_object)), strict=True)
+            consistent = torch.cat([cycle_consistent(a @ b.mT, label) for a, b, label in some])
         unwanted = (self.association_drop((~consistent).float()) > 0).float() + support.is_padding[:, None]
         bias = -1e4 * unwanted
         # Softmax ignores a common shift. Without it, low precision would round q k away beside 10000.
@@ -333,7 +340,9 @@ class CycleTransformer(nn.Module):
             Shape ``(B, C, h, w)``.
         """
         size = (query.shape[2], query.shape[3])
-        position = sine_code(is_padding, query.shape[1]) + self.level_embed  # (B, N, C)
+        exact = torch.promote_types(query.dtype, torch.float32)
+        position = sine_code(is_padding, query.shape[1], exact).to(self.level_embed.dtype)
+        position = position + self.level_embed  # (B, N, C)
         outside = is_padding.flatten(1)
         q = query.flatten(2).mT  # (B, N, C)
         norms, ffns = iter(self.layer_norms), iter(self.ffns)
@@ -462,14 +471,14 @@ class CyCTR(nn.Module):
         """
         batch, shots = episode.support_images.shape[:2]
         image_size = episode.query_image.shape[-2:]
-        masks = foreground(episode.support_masks.flatten(0, 1))  # (BK, H, W)
+        masks = foreground(episode.support_masks.flatten(0, 1), episode.query_image)  # (BK, H, W)
         if query_padding is None:
             query_padding = canvas(episode.query_image, self.backbone.mean, self.backbone.std)
         if support_padding is None:
             support_padding = episode.support_masks == IGNORE
 
         # The supports go in whole: only the prior masks their stage 4 features, and after the stage.
-        *_, f2, f3, f4 = self.backbone(torch.cat([episode.query_image, episode.support_images.flatten(0, 1)]))
+        *_, f2, f3, f4 = self.backbone(one_batch(episode.query_image, episode.support_images))
         size = (f3 if self.grid == "layer3" else f2).shape[-2:]
         middle = torch.cat([resize(f2, size), resize(f3, size)], dim=1)  # stage 2 first, unlike PFENet
         query = self.adjust_feature_qry(middle[:batch])  # (B, C, h, w)
@@ -482,10 +491,10 @@ class CyCTR(nn.Module):
         for stage in self.prior_stages:
             feature = (f2, f3, f4)[stage - 2]
             masked = feature[batch:] * resize(masks[:, None], feature.shape[-2:])
-            priors.append(resize(prior_mask(feature[:batch].repeat_interleave(shots, dim=0), masked), size))
+            priors.append(resize(prior_mask(feature[:batch], masked), size))
         prior = torch.cat(priors, dim=1).unflatten(0, (batch, shots)).mean(dim=1)  # (B, stages, h, w)
 
-        x = self.qry_merge_feat(torch.cat([query, _tile(prototype, query), prior], dim=1))
+        x = self.qry_merge_feat(torch.cat([query, _tile(prototype, query), prior.to(query.dtype)], dim=1))
         y = self.supp_merge_feat(torch.cat([support, _tile(prototypes, support)], dim=1))
         tokens = SupportTokens(
             y.unflatten(0, (batch, shots)).movedim(2, -1).flatten(1, 3),  # (B, K h w, C)
@@ -501,7 +510,7 @@ class CyCTR(nn.Module):
             return Prediction(logits)
 
         # Section 3.4: the other way round, from the query's prototype to the supports.
-        weight = resize(foreground(episode.query_mask)[:, None], size)[:, 0]
+        weight = resize(foreground(episode.query_mask, query)[:, None], size)[:, 0]
         seen = masked_average_pool(self.pred_supp_qry_proj(z) + query, weight).repeat_interleave(shots, dim=0)
         u = self.supp_init_merge(torch.cat([support, _tile(seen, support)], dim=1))
         u = self.supp_beta_conv(u) + u

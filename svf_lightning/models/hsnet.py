@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from svf_lightning.backbones.backbone import Backbone
 from svf_lightning.episode import Episode, Prediction
-from svf_lightning.models.blocks import conv_relu, foreground, resize
+from svf_lightning.models.blocks import conv_relu, foreground, one_batch, resize
 
 BOTTLENECK = ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3", "relu", "downsample")
 
@@ -75,8 +75,8 @@ class HSNet(nn.Module):
             Logits ``(B, 2, H, W)`` at the query's size; nothing auxiliary.
         """
         batch, shots = episode.support_masks.shape[:2]
-        masks = foreground(episode.support_masks.flatten(0, 1))  # (BK, H, W)
-        images = torch.cat([episode.query_image, episode.support_images.flatten(0, 1)])
+        masks = foreground(episode.support_masks.flatten(0, 1), episode.query_image)  # (BK, H, W)
+        images = one_batch(episode.query_image, episode.support_images)
         levels = hyperfeatures(self.backbone, images)  # shallow to deep
         correlations = (
             correlate([f[:batch] for f in level], [f[batch:] for f in level], masks)
@@ -131,7 +131,17 @@ def hyperfeatures(backbone: Backbone, images: Tensor) -> list[list[Tensor]]:
 
     Returns:
         Three lists, shallow to deep, of features ``(N, C, h, w)``; one ``h x w`` in each list.
+
+    Raises:
+        ValueError: If the images are too small to have a third level.
     """
+    if _has_no_stride_left(backbone) and not _last_pool(backbone).ceil_mode:
+        least = 2 * backbone.strides[4]  # of which the last pool leaves one position
+        if min(images.shape[-2:]) < least:
+            raise ValueError(
+                f"images are {tuple(images.shape[-2:])}, but HSNet's third level on a VGG needs "
+                f"{least} pixels or more on each side; take larger ones"
+            )
     state = backbone.layer1(backbone.layer0(images))
     levels = []
     for stage in (backbone.layer2, backbone.layer3, backbone.layer4):

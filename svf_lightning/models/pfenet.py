@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from svf_lightning.backbones.backbone import Backbone
 from svf_lightning.episode import Episode, Prediction
-from svf_lightning.models.blocks import compare, conv_relu, foreground, init_kaiming, resize
+from svf_lightning.models.blocks import compare, conv_relu, foreground, init_kaiming, one_batch, resize
 
 
 class PFENet(nn.Module):
@@ -126,7 +126,7 @@ class PFENet(nn.Module):
             Logits ``(B, 2, H, W)`` at the query's size. In training also those of the inner classifiers
             as ``inner_0``, ``inner_1``, ..., at the same size.
         """
-        masks = foreground(episode.support_masks)  # (B, K, H, W)
+        masks = foreground(episode.support_masks, episode.query_image)  # (B, K, H, W)
 
         # Section 4.2: one prototype and one prior mask per support, averaged over the shots.
         query, prototypes, priors = compare(
@@ -150,7 +150,7 @@ class PFENet(nn.Module):
         query, supports = episode.query_image, episode.support_images
         see_all = torch.ones_like(masks[:, 0])
         if not (self.training and self.batch_norm == "batch"):
-            images = torch.cat([query, supports.flatten(0, 1)])
+            images = one_batch(query, supports)
             return self.backbone(images, torch.cat([see_all, masks.flatten(0, 1)]))[2:]
         # Each pass has its own batch statistics: one for the queries, one per shot.
         of_query = self.backbone(query, see_all)[2:]

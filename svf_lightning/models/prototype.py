@@ -79,7 +79,8 @@ class Matcher(nn.Module):
         """
         batch = len(images)
         features = self.features(images.flatten(0, 1))  # (BK, C, h, w)
-        sides = torch.stack([foreground(masks), (masks == BACKGROUND).float()], dim=2).flatten(0, 1)
+        inside = foreground(masks, images)
+        sides = torch.stack([inside, (masks == BACKGROUND).to(inside.dtype)], dim=2).flatten(0, 1)
         weights = _lay(sides, features.shape[-2:], images.shape[-1])  # (BK, 2, h, w), soft at the borders
         sums = torch.einsum("nchw,nshw->nsc", features, weights).unflatten(0, (batch, -1)).sum(dim=1)
         areas = weights.sum(dim=(2, 3)).unflatten(0, (batch, -1)).sum(dim=1)  # (B, 2)
