@@ -1,4 +1,4 @@
-"""What the prior mask costs in training: with all cosines kept for the gradient, or the best of each position.
+"""What the prior mask costs in training: all cosines kept for the gradient, or the best of each position.
 
     OMP_NUM_THREADS=1 python benchmarks/prior.py                       # features as at 473 pixels; a minute
 
