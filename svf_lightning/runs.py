@@ -218,12 +218,15 @@ def load_config(folder: str | Path) -> Config:
     return yaml.safe_load(path.read_text())
 
 
-def load_run(folder: str | Path, classes: tuple[int, ...] | None = None) -> tuple[Config, FewShotSegmenter]:
+def load_run(
+    folder: str | Path, classes: tuple[int, ...] | None = None, root: str | None = None
+) -> tuple[Config, FewShotSegmenter]:
     """Rebuild the segmenter of a finished run, with the weights that the run tested.
 
     Args:
         folder: The run's folder.
         classes: The classes to be tested; None asks the data set, which may have to be there to answer.
+        root: Where the data set lies now; None is where it lay in training.
 
     Raises:
         FileNotFoundError: If the folder has no configuration or no checkpoint.
@@ -234,6 +237,9 @@ def load_run(folder: str | Path, classes: tuple[int, ...] | None = None) -> tupl
     checkpoint_path = tested_checkpoint(folder)
     config["backbone"]["weights"] = None  # the checkpoint has them
     config["model"]["network"].pop("base", None)  # and those of BAM's base learner
+    if root is not None:
+        for source in (config["data"]["source"], config["model"]["network"].get("source", {})):
+            source["root"] = root
     if classes is None:
         classes = data_source(config).classes(config["fold"])[1]
     segmenter = build_segmenter(config, classes)
@@ -360,6 +366,7 @@ def evaluate(
     seeds: Sequence[int] | None = None,
     episode_list: str | None = None,
     save_episodes: str | None = None,
+    root: str | None = None,
     batch_size: int | None = None,
     workers: int = 0,
 ) -> float:
@@ -375,6 +382,7 @@ def evaluate(
         episode_list: A file of test episodes to take; see :mod:`svf_lightning.data.episode_list`. Without
             ``seeds``, all that are in it.
         save_episodes: Write the episodes that were tested into such a file.
+        root: The data set's folder; None is the run's own.
         batch_size: Episodes tested at once; it changes no result.
         workers: Processes that read images.
 
@@ -392,7 +400,7 @@ def evaluate(
 
     if episode_list is not None and episodes is not None:
         raise ValueError(f"episodes={episodes} cannot be had from {episode_list}, which has its own number")
-    config, segmenter = load_run(folder)
+    config, segmenter = load_run(folder, root=root)
     changes = {
         **{"shot": shot, "test_episodes": episodes, "episode_list": episode_list},
         **{"test_batch_size": batch_size, "workers": workers},

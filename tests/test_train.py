@@ -111,6 +111,13 @@ def test_saved_episodes_read_again_give_the_same_test_and_no_result_is_lost(call
     assert drawn in [json.loads(p.read_text()) for p in run.glob("evaluation-*.json")]
 
 
+def test_a_data_set_that_has_moved_is_found_by_its_new_root(call, run, emoji_folder, tmp_path):
+    before = evaluation(call, run, "episodes=4")
+    (tmp_path / "moved").symlink_to(emoji_folder / "emoji")
+    there = evaluation(call, run, "episodes=4", f"root={tmp_path / 'moved'}")
+    assert there["seeds"][0]["class_iou"] == before["seeds"][0]["class_iou"]
+
+
 def test_a_run_with_one_shot_is_tested_with_two(call, run):
     assert evaluation(call, run, "shot=2", "episodes=3")["protocol"]["shot"] == 2
 
