@@ -34,6 +34,7 @@ def main(cfg: DictConfig) -> float:
     from svf_lightning.callbacks import EpisodePictures, EpisodeProgress, Finetune, RememberFeatures
 
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    runs.hush()
     runs.check(config, multirun=HydraConfig.get().mode is RunMode.MULTIRUN)
     if config["task"] == "base":
         return base_stage.train(config)

@@ -17,6 +17,7 @@ import platform
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
@@ -398,6 +399,7 @@ def evaluate(
     from svf_lightning.analysis import tables
     from svf_lightning.callbacks import EpisodeProgress, RememberFeatures
 
+    hush()
     if episode_list is not None and episodes is not None:
         raise ValueError(f"episodes={episodes} cannot be had from {episode_list}, which has its own number")
     config, segmenter = load_run(folder, root=root)
@@ -446,6 +448,17 @@ def _keep_earlier(path: Path) -> None:
     if path.exists():
         earlier = len(list(path.parent.glob(f"{path.stem}-*{path.suffix}")))
         path.rename(path.with_name(f"{path.stem}-{earlier + 1}{path.suffix}"))
+
+
+def hush() -> None:
+    """Leave out warnings of Lightning that a user can do nothing about."""
+    for message in (
+        r".*isinstance\(treespec, LeafSpec\)",  # its own use of torch
+        r"Found \d+ module\(s\) in eval mode",  # BatchNorm is meant to be
+        r"The number of training batches \(\d+\) is smaller than the logging interval",
+        r"The '\w+_dataloader' does not have many workers",  # `workers` is the user's choice
+    ):
+        warnings.filterwarnings("ignore", message)
 
 
 def trainer_arguments(config: Config) -> dict[str, Any]:

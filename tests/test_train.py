@@ -70,6 +70,23 @@ def test_resuming_where_there_is_nothing_starts_afresh_and_says_so(train, tmp_pa
     assert (tmp_path / "new" / "checkpoints" / "last.ckpt").exists()
 
 
+def test_the_matcher_is_tested_without_any_training(call, emoji_folder, tmp_path):
+    from tests.conftest import TINY
+    from train import main
+
+    tiny = [override for override in TINY if not override.startswith(("model.", "epochs"))]
+    choice = [
+        "model=matcher",
+        "finetune=frozen",
+        f"data_dir={emoji_folder}",
+        f"hydra.run.dir={tmp_path / 'run'}",
+    ]
+    call(main, *tiny, *choice)
+    result = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert result["trainable"]["backbone"] == result["trainable"]["head"] == 0
+    assert result["protocol"]["episodes"] == 6
+
+
 def test_a_second_run_of_the_same_name_keeps_the_first(train, tmp_path):
     folder = train(tmp_path / "run", "epochs=1", "test=false")
     first = (folder / "checkpoints" / "last.ckpt").read_bytes()
