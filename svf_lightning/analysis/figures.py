@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
+from svf_lightning.analysis.overlays import Colour, tint
 from svf_lightning.episode import FOREGROUND, IGNORE, Episode
 from svf_lightning.metrics import intersection_and_union
 
@@ -14,23 +16,6 @@ SUPPORT_COLOUR = (255, 200, 0)
 TRUTH_COLOUR = (0, 220, 90)
 PREDICTION_COLOUR = (255, 40, 110)
 RISE, FALL = "#c2410c", "#2563eb"  # singular values that grew, and that shrank
-
-
-def overlay(
-    image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int], strength: float = 0.55
-) -> np.ndarray:
-    """Tint the foreground of a picture; ignored pixels turn grey.
-
-    Args:
-        image: uint8, ``(H, W, 3)``.
-        mask: 0, 1 or 255, ``(H, W)``.
-        colour: Red, green and blue, 0..255.
-        strength: Share of the colour in a tinted pixel.
-    """
-    out = image.astype(np.float32)
-    for value, tint in ((FOREGROUND, colour), (IGNORE, (128, 128, 128))):
-        out[mask == value] = (1 - strength) * out[mask == value] + strength * np.asarray(tint, np.float32)
-    return out.round().astype(np.uint8)
 
 
 def to_picture(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
@@ -80,15 +65,15 @@ def episode_grid(
         shown = round(query.shape[0] * height / side), round(query.shape[1] * width / side)
         query = query[: shown[0], : shown[1]]  # without the letterbox's padding
         supports = [
-            overlay(to_picture(image, mean, std), np.where(mask == IGNORE, 0, mask), SUPPORT_COLOUR)
+            _marked(to_picture(image, mean, std), np.where(mask == IGNORE, 0, mask), SUPPORT_COLOUR)
             for image, mask in zip(episode.support_images, episode.support_masks.numpy(), strict=True)
         ]
         nearest = np.ix_(np.arange(shown[0]) * height // shown[0], np.arange(shown[1]) * width // shown[1])
         pictures = [
             *supports,
             query,
-            overlay(query, truth.numpy()[nearest], TRUTH_COLOUR),
-            overlay(query, prediction.numpy()[nearest], PREDICTION_COLOUR),
+            _marked(query, truth.numpy()[nearest], TRUTH_COLOUR),
+            _marked(query, prediction.numpy()[nearest], PREDICTION_COLOUR),
         ]
         intersection, union = intersection_and_union(prediction, truth)
         iou = intersection[1].item() / max(union[1].item(), 1)
@@ -103,6 +88,10 @@ def episode_grid(
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, fontsize=9)
     _save(fig, path)
+
+
+def _marked(picture: np.ndarray, mask: np.ndarray, colour: Colour) -> Image.Image:
+    return tint(Image.fromarray(picture), mask, {FOREGROUND: colour})
 
 
 def spectra(
