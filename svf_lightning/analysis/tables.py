@@ -101,7 +101,7 @@ def report(results: list[dict[str, Any]]) -> list[tuple[str, Table]]:
         folds = sorted({fold for cells in rows.values() for fold in cells})
         table = Table()
         for head in ("method", "fine-tuning"):
-            table.add_column(head)
+            table.add_column(head, overflow="fold")  # a name cut short could not be typed
         for head in ("trained in the backbone", *(f"fold {fold}" for fold in folds), "mean"):
             table.add_column(head, justify="right")
         for (method, strategy), cells in sorted(rows.items()):
@@ -136,7 +136,7 @@ def published(results: list[dict[str, Any]], name: str) -> list[tuple[str, Table
             continue
         table = Table()
         for head in ("finetune", *columns, ""):
-            table.add_column(head)
+            table.add_column(head, overflow="fold")  # a name cut short could not be typed
         for head in (*(f"fold {fold}" for fold in range(4)), "mean"):
             table.add_column(head, justify="right")
         for row in rows:
