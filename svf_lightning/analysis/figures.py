@@ -196,7 +196,7 @@ def learning_curves(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], title: 
     import matplotlib.pyplot as plt
     from matplotlib.ticker import MaxNLocator
 
-    fig, axis = plt.subplots(figsize=(5.2, 3.4), layout="constrained")
+    fig, axis = plt.subplots(figsize=(6.4, max(3.4, 0.6 + 0.17 * len(curves))), layout="constrained")
     order = sorted(curves, key=lambda name: -curves[name][1][-1] if len(curves[name][1]) else 0)
     for index, name in enumerate(order):  # as they end, from top to bottom; colours repeat after ten
         epochs, miou = curves[name]
@@ -204,10 +204,11 @@ def learning_curves(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], title: 
     axis.set_xlabel("epoch", fontsize=8)
     axis.set_ylabel("novel-class mIoU, %", fontsize=8)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_xlim(0, 1.04 * max(float(epochs[-1]) for epochs, _ in curves.values()))
     axis.tick_params(labelsize=7)
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=7, frameon=False)
+    fig.legend(fontsize=7, frameon=False, loc="outside right upper")  # beside, or many would hide the curves
     axis.set_title(title, fontsize=8)
     _save(fig, path)
 
