@@ -11,8 +11,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
-from svf_lightning import runs
 from svf_lightning.data.transforms import Augment, Letterbox
+from svf_lightning.evaluation import evaluate
 
 CONF = Path(__file__).parent.parent / "conf"
 FILES = sorted(
@@ -80,10 +80,10 @@ def test_a_model_composes_with_its_papers_own_recipe(model):
     check(composed(f"model={model}", "data=pascal", "backbone=resnet50"))
 
 
-def test_the_configuration_of_an_evaluation_is_what_runs_evaluate_takes():
+def test_the_configuration_of_an_evaluation_is_what_evaluate_takes():
     arguments = composed("run=runs/some", name="evaluate")
     folder = arguments.pop("run")
-    inspect.signature(runs.evaluate).bind(folder, **arguments)
+    inspect.signature(evaluate).bind(folder, **arguments)
 
 
 # The number of episodes and the seeds: ../shared/reference/protocol.md, section 4.

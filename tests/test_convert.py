@@ -14,6 +14,7 @@ from svf_lightning.backbones.vgg import vgg16
 from svf_lightning.checkpoints import from_official
 from svf_lightning.cli import app
 from svf_lightning.episode import Episode
+from svf_lightning.evaluation import evaluate
 from svf_lightning.models.bam import BAM
 from svf_lightning.models.baseline import Baseline
 from svf_lightning.models.cyctr import CyCTR
@@ -80,7 +81,7 @@ def test_a_converted_run_predicts_what_the_checkpoint_predicts_and_can_be_evalua
         ours, theirs = segmenter(episode()).logits, official(episode()).logits
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
-    assert 0 <= runs.evaluate(out, episodes=2) <= 1
+    assert 0 <= evaluate(out, episodes=2) <= 1
     assert (out / "evaluation.json").is_file()
 
     assert svf(method, file, out, *small, "--backbone", "vgg16").exit_code == 1  # the folder is taken

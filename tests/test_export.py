@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from svf_lightning import export, runs
 from svf_lightning.cli import app
 from svf_lightning.episode import Episode
+from svf_lightning.evaluation import evaluate
 from svf_lightning.finetune import channel_scale, lora, rotation, svf
 from svf_lightning.finetune.svf import SVFLayer
 
@@ -64,7 +65,7 @@ def test_a_kilobyte_file_with_the_head_restores_the_score_to_the_digit(run, tmp_
     command("restore", file, restored)
 
     scores = json.loads((run / "metrics.json").read_text())
-    assert runs.evaluate(restored) == scores["miou"]
+    assert evaluate(restored) == scores["miou"]
 
 
 @pytest.mark.slow  # half a minute, nearly all of it torch's export

@@ -30,6 +30,7 @@ FLOORS = {
     "callbacks": 3.5,  # holds on to what the segmenter hands out
     "analysis": 3.5,
     "runs": 4,
+    "evaluation": 4.5,
     "check": 4,
     "benchmarks": 4.5,
     "base_stage": 4.5,

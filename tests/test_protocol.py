@@ -175,6 +175,13 @@ def test_a_file_that_is_no_list_or_is_not_there_is_refused(tmp_path):
             evaluation(episode_list=tmp_path / "other.txt")
 
 
+def test_a_list_without_episodes_is_refused(tmp_path):
+    path = written(tmp_path / "list.jsonl", 0)
+    path.write_text(path.read_text().splitlines()[0] + "\n")
+    with pytest.raises(ValueError, match="lists no episodes"):
+        seeds_of(path)
+
+
 def test_a_list_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
     path = written(tmp_path / "list.jsonl", 0)
     before = path.read_bytes()

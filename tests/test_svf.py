@@ -306,11 +306,16 @@ def test_an_evaluated_network_is_exported_with_any_batch_size(rank):
     torch.testing.assert_close(exported.module()(x), net(x), atol=1e-5, rtol=1e-5)
 
 
+def small_task():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 1)), torch.randn(2, 3, 7, 7)
+
+
 def train_on_half(rank, folder):
     """One process of two: a backward pass on its half of the batch."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    net, x = torch.load(f"{folder}/given.pt", weights_only=False)  # written by the test itself
+    net, x = small_task()
     net = nn.parallel.DistributedDataParallel(apply_svf(net))
     net(x[rank : rank + 1]).square().mean().backward()
     torch.save([net.module[i].s.grad for i in (0, 2)], f"{folder}/{rank}.pt")
@@ -318,14 +323,12 @@ def train_on_half(rank, folder):
 
 
 def test_two_distributed_processes_get_the_gradient_of_the_whole_batch(tmp_path):
-    torch.manual_seed(0)
-    net, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 1)), torch.randn(2, 3, 7, 7)
-    torch.save((net, x), tmp_path / "given.pt")
+    net, x = small_task()
     torch.multiprocessing.spawn(train_on_half, (tmp_path,), nprocs=2)
 
     apply_svf(net)(x).square().mean().backward()
     for rank in (0, 1):
-        got = torch.load(tmp_path / f"{rank}.pt")
+        got = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         torch.testing.assert_close(got, [net[0].s.grad, net[2].s.grad])
 
 

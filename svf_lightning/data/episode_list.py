@@ -53,9 +53,12 @@ def seeds_of(path: str | Path) -> list[int]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no episode list.
+        ValueError: If it is no episode list, or an empty one.
     """
-    return list(dict.fromkeys(row["seed"] for row in _read(path)[1]))
+    seeds = list(dict.fromkeys(row["seed"] for row in _read(path)[1]))
+    if not seeds:
+        raise ValueError(f"{path} lists no episodes; write it again with save_episodes=FILE")
+    return seeds
 
 
 def read_list(
