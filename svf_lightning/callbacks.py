@@ -137,14 +137,18 @@ class RememberFeatures(Callback):
     """Compute the backbone's features of an image once per validation or test, not once per episode.
 
     Begins and ends with each of them, since training changes the weights in between.
+
+    Args:
+        megabytes: Of features to keep, where the network is. An image of 473 pixels has 75 in a ResNet-50.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, megabytes: int = 2048) -> None:
+        self.megabytes = megabytes
         self.memory = ExitStack()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model: Any = pl_module.model
-        self.memory.enter_context(remember_features(model.backbone))
+        self.memory.enter_context(remember_features(model.backbone, self.megabytes))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.memory.close()

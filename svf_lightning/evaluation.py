@@ -26,6 +26,7 @@ def evaluate(
     root: str | None = None,
     batch_size: int | None = None,
     workers: int = 0,
+    feature_memory: int = 2048,
 ) -> float:
     """Test a finished run again and write ``evaluation.json`` into its folder.
 
@@ -42,6 +43,7 @@ def evaluate(
         root: The data set's folder; None is the run's own.
         batch_size: Episodes tested at once; it changes no result.
         workers: Processes that read images.
+        feature_memory: Megabytes of features to keep, so that images met again are not computed again.
 
     Returns:
         The mean over seeds of the test mIoU, in [0, 1].
@@ -72,7 +74,7 @@ def evaluate(
     for seed in seeds:
         config["data"]["episode_seed"] = seed
         data = runs.build_data(config, segmenter.model.backbone)
-        callbacks = [RememberFeatures(), EpisodeProgress()]
+        callbacks = [RememberFeatures(feature_memory), EpisodeProgress()]
         trainer = pl.Trainer(**runs.trainer_arguments(config), logger=False, callbacks=callbacks)
         started = time.monotonic()
         trainer.test(segmenter, datamodule=data, verbose=False)
