@@ -139,7 +139,7 @@ class RememberFeatures(Callback):
     Begins and ends with each of them, since training changes the weights in between.
 
     Args:
-        megabytes: Of features to keep, where the network is. An image of 473 pixels has 75 in a ResNet-50.
+        megabytes: Of features to keep, where the network is. An image of 473 pixels has 70 in a ResNet-50.
     """
 
     def __init__(self, megabytes: int = 2048) -> None:
