@@ -33,24 +33,24 @@ def print_scores(result: Mapping[str, Any], title: str) -> None:
 
 
 def print_evaluation(result: Mapping[str, Any]) -> None:
-    """Print a row per seed of test episodes: IoU of each novel class, mIoU, FB-IoU, speed; then the mean.
+    """Print a row per seed of test episodes, IoU of each novel class, mIoU and FB-IoU; then mean and speed.
 
     Args:
         result: The content of an evaluation.json.
     """
     rows, protocol = result["seeds"], result["protocol"]
     table = Table()
-    for head in ("seed", *rows[0]["class_iou"], "mIoU", "FB-IoU", "episodes/s"):
+    for head in ("seed", *rows[0]["class_iou"], "mIoU", "FB-IoU"):
         table.add_column(head, justify="right")
     for row in rows:
         ious = [*row["class_iou"].values(), row["miou"], row["fb_iou"]]
-        speed = protocol["episodes"] / max(row["seconds"], 1e-9)
-        table.add_row(str(row["seed"]), *(f"{100 * iou:.2f}" for iou in ious), f"{speed:.1f}")
+        table.add_row(str(row["seed"]), *(f"{100 * iou:.2f}" for iou in ious))
     console = Console()
     console.print(f"fold {protocol['fold']}: {describe(protocol)}", highlight=False)
     console.print(table)
     deviation = f" ± {100 * result['miou_std']:.2f} over {len(rows)} seeds" if len(rows) > 1 else ""
-    console.print(f"mIoU {100 * result['miou_mean']:.2f}{deviation}", highlight=False)
+    speed = len(rows) * protocol["episodes"] / max(sum(row["seconds"] for row in rows), 1e-9)
+    console.print(f"mIoU {100 * result['miou_mean']:.2f}{deviation}; {speed:.1f} episodes/s", highlight=False)
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
