@@ -17,7 +17,7 @@ from svf_lightning.errors import one_line_errors
 @one_line_errors  # for ours, before Hydra adds lines of its own
 def main(cfg: DictConfig) -> float:
     """Test the run's weights once per seed and write evaluation.json beside its metrics.json."""
-    from svf_lightning.evaluation import evaluate
+    from svf_lightning.runs.evaluation import evaluate
 
     changes = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(changes, dict)

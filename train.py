@@ -30,25 +30,36 @@ def main(cfg: DictConfig) -> float:
     import pytorch_lightning as pl
     from pytorch_lightning.callbacks import ModelCheckpoint
 
-    from svf_lightning import base_stage, runs
-    from svf_lightning.callbacks import EpisodePictures, EpisodeProgress, Finetune, RememberFeatures
+    from svf_lightning.runs import base_stage
+    from svf_lightning.runs.configuration import check_values, write_config
+    from svf_lightning.runs.folder import keep_curves, move_earlier_results, resume_point
+    from svf_lightning.runs.results import write_results
+    from svf_lightning.runs.run import (
+        build,
+        build_callbacks,
+        build_loggers,
+        build_strategy,
+        silence_warnings,
+        trainer_arguments,
+    )
+    from svf_lightning.training.callbacks import EpisodePictures, EpisodeProgress, Finetune, RememberFeatures
 
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    runs.hush()
-    runs.check(config, multirun=HydraConfig.get().mode is RunMode.MULTIRUN)
+    silence_warnings()
+    check_values(config, multirun=HydraConfig.get().mode is RunMode.MULTIRUN)
     if config["task"] == "base":
         return base_stage.train(config)
     base_stage.provide(config)  # BAM needs a base learner, which may have to be trained first
     folder = Path(config["run_dir"])
-    resume = runs.resume_point(folder, config["resume"])
+    resume = resume_point(folder, config["resume"])
     if resume is None:
-        runs.move_earlier_results(folder)
+        move_earlier_results(folder)
     else:
-        runs.keep_curves(folder)
-    runs.write_config(folder, config)
+        keep_curves(folder)
+    write_config(folder, config)
 
     pl.seed_everything(config["seed"], workers=True, verbose=False)
-    segmenter, data = runs.build(config)
+    segmenter, data = build(config)
     chooses = config["selection"] != "last"
     checkpoints = ModelCheckpoint(
         folder / "checkpoints",
@@ -61,11 +72,11 @@ def main(cfg: DictConfig) -> float:
     )
     pictures = EpisodePictures()
     trainer = pl.Trainer(
-        **runs.trainer_arguments(config),
-        logger=runs.build_loggers(config),
+        **trainer_arguments(config),
+        logger=build_loggers(config),
         callbacks=[
-            Finetune(runs.build_strategy(config)),
-            *runs.build_callbacks(config),
+            Finetune(build_strategy(config)),
+            *build_callbacks(config),
             checkpoints,
             pictures,
             RememberFeatures(),
@@ -85,7 +96,7 @@ def main(cfg: DictConfig) -> float:
     trainer.test(segmenter, datamodule=data, ckpt_path=chosen or None, weights_only=True, verbose=False)
     seconds = {"train": trained - started, "test": time.monotonic() - trained}
     if trainer.is_global_zero:
-        runs.write_results(folder, config, segmenter, data, pictures.kept, seconds)
+        write_results(folder, config, segmenter, data, pictures.kept, seconds)
     return float(trainer.callback_metrics["test/miou"])
 
 

@@ -42,7 +42,7 @@ def report(
     for title, grid in tables.published(results, table) if table else tables.report(results):
         console.print(title, grid, sep="\n", highlight=False)
     if figures:
-        from svf_lightning.analysis import drawings
+        from svf_lightning.analysis import report_figures as drawings
 
         for path in drawings.draw(runs, results):
             typer.echo(path)
@@ -64,7 +64,7 @@ def check(
 
     Ends with status 1 if there are errors, 0 if there are none or only warnings.
     """
-    from svf_lightning import check
+    from svf_lightning.own_images import check
 
     survey = check.check(folder, layout, shot)
     check.print_survey(survey)
@@ -133,7 +133,7 @@ def convert(
     data: Annotated[str, typer.Option(help="The data set it was trained on.")] = "pascal",
 ) -> None:
     """Make a run folder of an official checkpoint, for evaluate.py and predict."""
-    from svf_lightning.convert import convert as write_run
+    from svf_lightning.runs.convert import convert as write_run
 
     options = {"backbone": backbone, "fold": fold, "shot": shot, "data": data}
     write_run(method, checkpoint, folder, **options, overrides=overrides or [])  # type: ignore[arg-type]
@@ -170,13 +170,9 @@ def predict(
 
     Ends with status 1 if a picture failed; the others are done all the same.
     """
-    from svf_lightning.predict import (
-        FewShotPredictor,
-        find_queries,
-        predict_files,
-        print_report,
-        support_pairs,
-    )
+    from svf_lightning.own_images.command import find_queries, predict_files, print_report
+    from svf_lightning.own_images.predict import FewShotPredictor
+    from svf_lightning.own_images.supports import support_pairs
 
     by_pairs = bool(support_image or support_mask)
     if by_pairs == (support is not None):
@@ -206,7 +202,7 @@ def merge(
     out: Annotated[Path, typer.Argument(help="The new run folder.")],
 ) -> None:
     """Fold what a run trained into plain layers: a run folder without factors that predicts the same."""
-    from svf_lightning import export
+    from svf_lightning.runs import export
 
     folded = export.merge_run(run, out)
     typer.echo(f"folded {folded} layers; {out} is a run folder with plain weights in checkpoints/last.ckpt")
@@ -231,7 +227,7 @@ def export(
     A kilobyte file fits the base weights that the run started from, and no others. Alone it restores the
     backbone; with the head, `svf restore` makes a run of it again.
     """
-    from svf_lightning import export
+    from svf_lightning.runs import export
 
     if singular_values is None and onnx is None:
         raise ValueError("nothing to write; give --singular-values FILE, --onnx FILE or both")
@@ -256,7 +252,7 @@ def restore(
     out: Annotated[Path, typer.Argument(help="The new run folder.")],
 ) -> None:
     """Make a run folder from a kilobyte file with its head, on the base weights that it was trained from."""
-    from svf_lightning import export
+    from svf_lightning.runs import export
 
     export.restore_run(file, out)
     typer.echo(f"{out} is a run folder; `python evaluate.py run={out}` tests it")
@@ -269,7 +265,7 @@ def blend(
     out: Annotated[Path, typer.Argument(help="The mixed file.")],
 ) -> None:
     """Mix kilobyte files of the same base weights: `svf blend cats.st=0.3 dogs.st=0.7 both.st`."""
-    from svf_lightning import singular_files
+    from svf_lightning.svf import files as singular_files
 
     weights: dict[str | Path, float] = {}
     for part in parts:
@@ -300,9 +296,9 @@ def benchmark_data(
     typer.echo(run(size, shot, images, rounds))
 
 
-@benchmark.command("svf")
+@benchmark.command("strategies")
 @one_line_errors
-def benchmark_svf(
+def benchmark_strategies(
     strategy: Annotated[
         list[str], typer.Option(help="A file of conf/finetune; repeat it. [default: all that fit]")
     ] = [],  # noqa: B006
@@ -316,9 +312,51 @@ def benchmark_svf(
     rank: Annotated[int, typer.Option(help="Of svf_rank30.")] = 30,
 ) -> None:
     """Print what a training step of every strategy costs beside frozen convolutions, in time and memory."""
-    from svf_lightning.benchmarks.svf import Setting, run
+    from svf_lightning.benchmarks.strategies import Setting, run
 
     typer.echo(run(strategy, size, batch, rank, Setting(device, dtype, channels_last, compiled, rounds)))
+
+
+@benchmark.command("methods")
+@one_line_errors
+def benchmark_methods(
+    method: Annotated[list[str], typer.Option(help="Repeat it. [default: all]")] = [],  # noqa: B006
+    shot: Annotated[list[int], typer.Option(help="Support images per episode; repeat it.")] = [1, 5],  # noqa: B006
+    side: Annotated[int, typer.Option(help="Side of the images.")] = 129,
+    batch: Annotated[int, typer.Option(help="Episodes in a step.")] = 2,
+    rounds: Annotated[int, typer.Option(help="Steps to time; the fastest counts.")] = 2,
+    finetune: Annotated[str, typer.Option(help="svf or frozen.")] = "svf",
+) -> None:
+    """Print what a training step of each method costs beside its plain transcription."""
+    from svf_lightning.benchmarks.methods import METHODS, run
+
+    for line in run(method or METHODS, shot, side, batch, rounds, finetune):
+        typer.echo(line)
+
+
+@benchmark.command("prior")
+@one_line_errors
+def benchmark_prior(
+    shot: Annotated[list[int], typer.Option(help="Support images; repeat it.")] = [1, 5],  # noqa: B006
+    side: Annotated[int, typer.Option(help="Side of the feature maps, in positions.")] = 60,
+    channels: Annotated[int, typer.Option(help="Channels of the feature maps.")] = 2048,
+) -> None:
+    """Print what the prior mask costs in training, with all cosines kept and with the best ones."""
+    from svf_lightning.benchmarks.prior import run
+
+    for line in run(shot, side, channels):
+        typer.echo(line)
+
+
+@benchmark.command("overhead")
+@one_line_errors
+def benchmark_overhead(
+    steps: Annotated[int, typer.Option(help="Training steps of the main job.")] = 30,
+) -> None:
+    """Print what Lightning, logging and checkpoints add to a training step of the main job."""
+    from svf_lightning.benchmarks.overhead import run
+
+    typer.echo(run(steps))
 
 
 def main() -> None:

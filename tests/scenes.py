@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from svf_lightning.data.index import ImageIndex
+from svf_lightning.data.source import ImageIndex
 
 CLASSES = ("ant", "bee", "cat", "dog", "elk", "fox")
 

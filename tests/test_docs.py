@@ -28,6 +28,6 @@ def test_the_snippets_of_the_page_on_svf_run_one_after_the_other(tmp_path, monke
 
 def test_the_engine_needs_torch_and_nothing_heavy_beside_it():
     heavy = ("hydra", "omegaconf", "pytorch_lightning", "timm", "torchvision", "matplotlib", "peft")
-    code = f"import sys, svf_lightning.finetune; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, svf_lightning.svf; print([m for m in {heavy} if m in sys.modules])"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert said.stdout.strip() == "[]"

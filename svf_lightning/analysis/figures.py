@@ -10,7 +10,7 @@ from torch import Tensor
 
 from svf_lightning.analysis.overlays import Colour, tint
 from svf_lightning.episode import FOREGROUND, IGNORE, Episode
-from svf_lightning.metrics import intersection_and_union
+from svf_lightning.training.metrics import intersection_and_union
 
 SUPPORT_COLOUR = (255, 200, 0)
 TRUTH_COLOUR = (0, 220, 90)

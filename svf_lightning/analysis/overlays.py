@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from svf_lightning.data.index import replace_file
 from svf_lightning.episode import IGNORE
+from svf_lightning.files import replace_file
 
 Colour = tuple[int, int, int]
 

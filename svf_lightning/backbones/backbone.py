@@ -116,3 +116,18 @@ def kaiming_init(module: nn.Module) -> None:
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
             if conv.bias is not None:
                 nn.init.zeros_(conv.bias)
+
+
+def dilations(backbone: nn.Module) -> str:
+    """Dilations of each stage's convolutions larger than 1x1: what weights alone do not tell.
+
+    Example:
+        >>> dilations(nn.ModuleDict({"layer3": nn.Conv2d(1, 1, 3, dilation=2), "layer4": nn.Conv2d(1, 1, 1)}))
+        'layer3: 2; layer4: none'
+    """
+    found = []
+    for name, stage in backbone.named_children():
+        layers = [m for m in stage.modules() if isinstance(m, nn.Conv2d) and max(m.kernel_size) > 1]
+        used = sorted({m.dilation[0] for m in layers})
+        found.append(f"{name}: {', '.join(map(str, used)) or 'none'}")
+    return "; ".join(found)

@@ -29,7 +29,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as v2
 
 from svf_lightning.data.episodes import EpisodeDataset, Transform
-from svf_lightning.data.index import ImageIndex, build_index, read_image
+from svf_lightning.data.images import read_image
+from svf_lightning.data.index import build_index
+from svf_lightning.data.source import ImageIndex
 from svf_lightning.data.transforms import Augment, Letterbox, normalize
 from svf_lightning.episode import IGNORE
 

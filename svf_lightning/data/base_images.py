@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from svf_lightning.data.episodes import EpochSampler, Transform
-from svf_lightning.data.index import ImageIndex, Source
+from svf_lightning.data.source import ImageIndex, Source
 from svf_lightning.data.transforms import Augment, Letterbox
 from svf_lightning.episode import BACKGROUND, IGNORE
 

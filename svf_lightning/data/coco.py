@@ -18,7 +18,9 @@ import numpy as np
 from PIL import Image
 
 from svf_lightning.data.folds import COCO_CLASSES, split_classes
-from svf_lightning.data.index import ImageIndex, Split, build_index, replace_file
+from svf_lightning.data.index import build_index
+from svf_lightning.data.source import ImageIndex, Split
+from svf_lightning.files import replace_file
 from svf_lightning.progress import track
 
 ANNOTATIONS = "annotations"

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 from svf_lightning.data.episode_list import read_list
 from svf_lightning.data.episodes import Draw, EpisodeDataset, EpochSampler, NovelImages, collate
 from svf_lightning.data.folds import class_roles
-from svf_lightning.data.index import ImageIndex, Source
 from svf_lightning.data.protocol import Protocol, digest
+from svf_lightning.data.source import ImageIndex, Source
 from svf_lightning.data.transforms import Augment, Letterbox
 
 

@@ -19,8 +19,9 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from svf_lightning.data.folds import EMOJI_CLASSES, split_classes
-from svf_lightning.data.index import ImageIndex, Split, build_index
+from svf_lightning.data.index import build_index
 from svf_lightning.data.pascal import IMAGES, LABELS, LISTS, read_list, voc_palette
+from svf_lightning.data.source import ImageIndex, Split
 from svf_lightning.episode import IGNORE
 from svf_lightning.progress import track
 

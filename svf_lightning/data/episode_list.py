@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from svf_lightning.data.episodes import Draw
-from svf_lightning.data.index import ImageIndex, replace_file
 from svf_lightning.data.protocol import Protocol
+from svf_lightning.data.source import ImageIndex
+from svf_lightning.files import replace_file
 
 VERSION = 1
 _OF_THE_LIST = ("data", "edition", "fold", "shot")  # what the reader must share with the writer

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, distributed
 from torch.utils.data import Dataset, Sampler, default_collate
 
-from svf_lightning.data.index import ImageIndex
+from svf_lightning.data.source import ImageIndex
 from svf_lightning.data.transforms import binary_mask
 from svf_lightning.episode import Episode
 

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from svf_lightning.data.folds import check_fold
-from svf_lightning.data.index import ImageIndex, Split, build_index, open_image, read_image
+from svf_lightning.data.images import open_image, read_image
+from svf_lightning.data.index import build_index
+from svf_lightning.data.source import ImageIndex, Split
 from svf_lightning.episode import IGNORE
 
 IMAGES_PER_CLASS = 10

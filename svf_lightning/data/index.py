@@ -15,154 +15,20 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol
-from uuid import uuid4
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from svf_lightning.data.images import decode_label, header_size, image_size, read_image
+from svf_lightning.data.source import ImageIndex
 from svf_lightning.episode import IGNORE
+from svf_lightning.files import replace_file
 from svf_lightning.progress import track
 
 log = logging.getLogger(__name__)
-
-Split = Literal["train", "val"]
-
-
-@dataclass(frozen=True, eq=False)  # eq would compare arrays, which has no single truth value
-class ImageIndex:
-    """The images of a data set and how many pixels of every class each one shows."""
-
-    name: str  # of the data set: "emoji", "pascal", ...
-    class_names: tuple[str, ...]  # class id c, from 1 to N, is class_names[c - 1]
-    ids: tuple[str, ...]  # one per image; what messages and pictures call it
-    pixels: np.ndarray  # (images, N + 1) int64, at original resolution; column 0 is background
-    read: Callable[[int], tuple[Tensor, Tensor]]  # image uint8 (3, H, W) RGB, label (H, W)
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-
-class Source(Protocol):
-    """What a data set offers: a frozen dataclass of plain settings with these members."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def edition(self) -> str:
-        """What else tells this data set from others of its name: the convention of its folds, its year."""
-
-    @property
-    def class_names(self) -> tuple[str, ...]: ...
-
-    @property
-    def min_pixels(self) -> int:
-        """Pixels of a class that an image must show to count as an image of that class."""
-
-    def prepare(self) -> None:
-        """Make the data or check that it is there. Called once, in the main process."""
-
-    def index(self, split: Split) -> ImageIndex:
-        """Index the images of ``"train"`` or ``"val"``."""
-
-    def classes(self, fold: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Base and novel class ids of a fold, as :func:`folds.split_classes` gives them."""
-
-
-def read_image(path: str | Path) -> Tensor:
-    """Read an image as RGB, whatever it is stored as. A transparency channel is dropped.
-
-    Returns:
-        Values 0..255, uint8, shape ``(3, H, W)``.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no image, or cut short.
-    """
-    return to_tensor(to_rgb(open_image(path)))
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """The values of an RGB image, uint8, shape ``(3, H, W)``."""
-    return torch.from_numpy(np.array(np.asarray(image).transpose(2, 0, 1), order="C"))  # copies, always
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode as RGB.
-
-    Pillow cuts grey values beyond 255 off. Here one channel of more than 8 bits is scaled down: white is the
-    largest value of 8, 10, 12, 14 or 16 bits, whichever just holds the brightest pixel (cameras and
-    microscopes store 12 bits in files of 16), and 1.0 for floats that stay below it.
-    """
-    if image.mode == "F" or image.mode.startswith("I"):
-        values = np.nan_to_num(np.asarray(image, np.float64)).clip(0)
-        brightest = values.max(initial=0)
-        whites = (2.0**bits - 1 for bits in (8, 10, 12, 14, 16) if brightest < 2**bits)
-        white = 1.0 if image.mode == "F" and brightest <= 1 else next(whites, brightest)
-        image = Image.fromarray((values / white * 255).round().astype(np.uint8))
-    return image.convert("RGB")
-
-
-def open_image(path: str | Path) -> Image.Image:
-    """Open an image and decode all of it.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it may not be read, is no image, or is cut short.
-    """
-    try:
-        with Image.open(path) as image:
-            image.load()  # decodes; the pixels stay when the file is closed
-            return image
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path} is missing: put it back, or take its line out of the list of images"
-        ) from None
-    except PermissionError:
-        raise ValueError(f"{path} may not be read (permission denied): allow it with `chmod u+r`") from None
-    except Image.DecompressionBombError:
-        raise ValueError(
-            f"{path} has over {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels: shrink it first"
-        ) from None
-    except Exception as error:  # broken files raise OSError, SyntaxError, struct.error, zlib.error, ...
-        reason = "not an image" if "cannot identify" in str(error) else str(error) or type(error).__name__
-        if Path(path).is_file() and not Path(path).stat().st_size:
-            reason = "empty, 0 bytes"
-        raise ValueError(f"{path} cannot be decoded ({reason}): replace it by an intact copy") from error
-
-
-def read_label(path: str | Path) -> Tensor:
-    """Read a label image: class ids, and 255 where the annotation abstains.
-
-    A palette image gives its indices, never its colours.
-
-    Returns:
-        Class ids, uint8, shape ``(H, W)``.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no image, cut short, or has more than one channel.
-    """
-    return torch.from_numpy(decode_label(path))
-
-
-def decode_label(path: str | Path) -> np.ndarray:
-    """What `read_label` gives, as an array."""
-    image = open_image(path)
-    if image.mode == "1":  # PNG optimisers store a label of nothing but 0 and 255 with one bit per pixel
-        image = image.convert("L")
-    if image.mode not in ("L", "P"):
-        raise ValueError(
-            f"{path} has mode {image.mode}, but a label holds one class id per pixel: "
-            "save it as an 8-bit greyscale or palette PNG"
-        )
-    return np.array(image)  # (H, W) uint8
 
 
 def read_pair(
@@ -222,42 +88,6 @@ def build_index(
         pixels=pixels,
         read=partial(read_pair, paths, decode),
     )
-
-
-def replace_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a file under another name, then put it at ``path`` in one step.
-
-    Nobody ever reads half a file, and of two writers the last one wins.
-    """
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def image_size(path: str | Path) -> tuple[int, int]:
-    """Width and height of an image all of which can be decoded."""
-    return open_image(path).size
-
-
-def header_size(path: str | Path) -> tuple[int, int]:
-    """Width and height of an image that has a sound header and, if a JPEG, an end.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no image, or a JPEG cut short.
-    """
-    try:
-        with Image.open(path) as image, Path(path).open("rb") as file:
-            file.seek(-min(os.stat(path).st_size, 4096), os.SEEK_END)
-            # The marker cannot stand inside of compressed data; some files carry a few bytes behind it.
-            if image.format != "JPEG" or b"\xff\xd9" in file.read():
-                return image.size
-    except OSError:
-        pass
-    return open_image(path).size  # decodes, and says what is wrong
 
 
 def _count(

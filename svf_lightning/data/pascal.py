@@ -6,7 +6,8 @@ from functools import cache
 from pathlib import Path
 
 from svf_lightning.data.folds import PASCAL_CLASSES, split_classes
-from svf_lightning.data.index import ImageIndex, Split, build_index
+from svf_lightning.data.index import build_index
+from svf_lightning.data.source import ImageIndex, Split
 
 IMAGES = "JPEGImages"
 LABELS = "SegmentationClassAug"

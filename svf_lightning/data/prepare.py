@@ -30,9 +30,9 @@ from PIL import Image
 from svf_lightning.data.coco import ANNOTATIONS, Coco
 from svf_lightning.data.episodes import class_lists
 from svf_lightning.data.folds import FOLDS, PASCAL_CLASSES
-from svf_lightning.data.index import replace_file
 from svf_lightning.data.pascal import IMAGES, LABELS, LISTS, TRAIN_LIST, VAL_LIST, Pascal
 from svf_lightning.episode import IGNORE
+from svf_lightning.files import replace_file
 from svf_lightning.progress import Progress, track
 
 MEGABYTE = 2**20

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from svf_lightning.finetune.layers import LAYERS, select
-from svf_lightning.finetune.svf import SVFLayer, from_factors
+from svf_lightning.svf.layer import SVFLayer, from_factors
 
 
 def prepare(

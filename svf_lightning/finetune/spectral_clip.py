@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from svf_lightning.finetune import full, svf
 from svf_lightning.finetune.layers import LAYERS
+from svf_lightning.svf.layer import SVFLayer
 
 
 def prepare(
@@ -61,7 +62,7 @@ def clip(backbone: nn.Module, limit: float = 1.0, size: int = 16) -> None:
             the same frequency response more densely.
     """
     for layer in backbone.modules():
-        if isinstance(layer, svf.SVFLayer):
+        if isinstance(layer, SVFLayer):
             if layer.s.requires_grad:
                 layer.s.clamp_(-limit, limit)
         elif isinstance(layer, LAYERS) and layer.weight.requires_grad:

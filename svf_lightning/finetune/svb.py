@@ -16,6 +16,7 @@ from torch import nn
 
 from svf_lightning.finetune import full, svf
 from svf_lightning.finetune.layers import LAYERS
+from svf_lightning.svf.layer import SVFLayer
 
 
 def prepare(
@@ -54,10 +55,10 @@ def bound(backbone: nn.Module, epsilon: float = 0.05) -> None:
     """
     low, high = 1 / (1 + epsilon), 1 + epsilon
     for layer in backbone.modules():
-        if isinstance(layer, svf.SVFLayer):
+        if isinstance(layer, SVFLayer):
             if layer.s.requires_grad:
                 layer.s.clamp_(low, high)
         elif isinstance(layer, LAYERS) and layer.weight.requires_grad:
-            factored = svf.SVFLayer(layer)
+            factored = SVFLayer(layer)
             factored.s.clamp_(low, high)
             layer.weight.copy_(factored.weight)

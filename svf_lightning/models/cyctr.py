@@ -370,7 +370,7 @@ class CyCTR(nn.Module):
     """Segment the query by attending to the support pixels that are cycle-consistent with it.
 
     Any number of shots fits one set of weights. The transformer is trained by an optimizer of its own
-    (``conf/model/cyctr.yaml``), and the loss is :func:`svf_lightning.losses.cyctr_dice`.
+    (``conf/model/cyctr.yaml``), and the loss is :func:`svf_lightning.training.losses.cyctr_dice`.
 
     Args:
         backbone: Five stages; features of stages 2 and 3 feed the head, stage 4 the prior mask. Its stages

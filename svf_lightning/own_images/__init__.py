@@ -1,0 +1,1 @@
+"""Your own images: read examples, check a folder, segment pictures."""

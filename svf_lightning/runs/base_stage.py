@@ -1,0 +1,139 @@
+"""The first stage of a BAM run: train the base learner, alone or because a run needs one."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from svf_lightning.data.base_images import BaseDataModule
+from svf_lightning.data.folds import class_roles
+from svf_lightning.files import write_whole
+from svf_lightning.models.pspnet import PSPNet
+from svf_lightning.runs.configuration import Config, write_config
+from svf_lightning.runs.folder import load_checkpoint, move_earlier_results, resume_point, tested_checkpoint
+from svf_lightning.runs.results import environment
+from svf_lightning.runs.run import build_backbone, build_loggers, data_source, trainer_arguments
+from svf_lightning.training.base_learner import BaseSegmenter, save_base
+
+log = logging.getLogger("svf")
+
+_OF_DATA = ("image_size", "batch_size", "augment")
+_NOT_OF_SEGMENTER = (*_OF_DATA, "run_name", "suffix", "train_batch_norm")
+
+
+def provide(config: Config) -> None:
+    """Replace ``model.network.base: auto`` by the base learner's file, training it first if it is missing.
+
+    The file belongs to data set, backbone, fold and seed, and lies in a folder of that name beside the run's
+    own. So runs that differ in shots or strategy share it. A training that was interrupted goes on.
+
+    Args:
+        config: A whole run's configuration; changed in place. Left alone if it asks for no base learner.
+
+    Raises:
+        ValueError: If it is missing and the run is distributed.
+    """
+    network = config["model"]["network"]
+    if network.get("base") != "auto":
+        return
+    folder = Path(config["run_dir"]).parent / config["base"]["run_name"]
+    if not (folder / "base.pth").is_file():
+        if str(config["trainer"].get("strategy", "")).startswith("ddp"):
+            raise ValueError(
+                f"no base learner in {folder}, and a distributed run cannot train it on its way; "
+                "run the same command with task=base first"
+            )
+        log.info("no base learner in %s yet: training it first", folder)
+        begun = (folder / "checkpoints" / "last.ckpt").is_file()
+        train({**config, "run_dir": str(folder), "resume": "last" if begun else None})
+    network["base"] = str(folder / "base.pth")
+
+
+def train(config: Config) -> float:
+    """Train the base learner of a BAM configuration and write ``base.pth`` into the run's folder.
+
+    Args:
+        config: A whole run's configuration; ``base`` holds the settings of this stage.
+
+    Returns:
+        The best base mIoU on the validation images, in [0, 1]. Its weights are the ones in the file.
+
+    Raises:
+        ValueError: If the configuration is not one of BAM, or a value is not possible.
+    """
+    import pytorch_lightning as pl
+    from pytorch_lightning.callbacks import ModelCheckpoint
+
+    from svf_lightning.training.callbacks import EpisodeProgress
+
+    if "base" not in config:
+        raise ValueError(f"task=base trains BAM's base learner; model={config['names']['model']} has none")
+    settings: dict[str, Any] = config["base"]
+    folder = Path(config["run_dir"])
+    resume = resume_point(folder, config["resume"])
+    if resume is None:
+        move_earlier_results(folder)
+    write_config(folder, config)
+
+    pl.seed_everything(config["seed"], workers=True, verbose=False)
+    source = data_source(config)
+    classes = class_roles(*source.classes(config["fold"]), config["selection"]).train
+    backbone = build_backbone(config)
+    model = PSPNet(backbone, len(classes), train_batch_norm=settings["train_batch_norm"])
+    header = {
+        "data": source.name,
+        "fold": config["fold"],
+        "classes": list(classes),
+        "backbone": config["names"]["backbone"],
+    }
+    segmenter = BaseSegmenter(
+        model,
+        seed=config["seed"],
+        identity={"task": "base", **{key: header[key] for key in ("data", "fold", "backbone")}},
+        **{key: value for key, value in settings.items() if key not in _NOT_OF_SEGMENTER},
+    )
+    data = BaseDataModule(
+        source,
+        classes=classes,
+        mean=backbone.mean,
+        std=backbone.std,
+        seed=config["seed"],
+        workers=config["workers"],
+        **{key: settings[key] for key in _OF_DATA},
+    )
+    best = ModelCheckpoint(
+        folder / "checkpoints",
+        filename="best",
+        monitor="val/base_miou",
+        mode="max",
+        save_last=True,
+        enable_version_counter=False,
+    )
+    loggers = {
+        name: {**node, "save_dir": str(folder)} if "save_dir" in node else node
+        for name, node in (config.get("logger") or {}).items()
+    }
+    trainer = pl.Trainer(
+        **{
+            **trainer_arguments(config),
+            "max_epochs": settings["epochs"],
+            "check_val_every_n_epoch": 1,
+            "default_root_dir": str(folder),
+        },
+        logger=build_loggers({**config, "logger": loggers}),
+        callbacks=[best, EpisodeProgress(unit="images")],
+    )
+    trainer.fit(segmenter, datamodule=data, ckpt_path=resume, weights_only=True)
+    if trainer.interrupted:
+        log.warning("stopped; with `resume=last` the base learner goes on from its last whole epoch")
+        sys.exit(130)
+    miou = float("nan") if best.best_model_score is None else float(best.best_model_score)
+    if trainer.is_global_zero:
+        chosen = load_checkpoint(tested_checkpoint(folder))
+        segmenter.load_state_dict(chosen["state_dict"])
+        result = {**header, "base_miou": miou, "epochs": settings["epochs"]}
+        save_base(folder / "base.pth", model, result)
+        write_whole(folder / "base.json", json.dumps({**result, **environment()}, indent=2) + "\n")
+        log.info("base mIoU %.2f %%; wrote %s", 100 * miou, folder / "base.pth")
+    return miou

@@ -1,0 +1,97 @@
+"""The results of a run: scores, what they depend on, and the files that hold them."""
+
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from svf_lightning.data.datamodule import FewShotDataModule
+from svf_lightning.data.protocol import describe
+from svf_lightning.episode import Episode
+from svf_lightning.files import write_whole
+from svf_lightning.runs.configuration import Config
+from svf_lightning.runs.run import identity
+from svf_lightning.training.segmenter import FewShotSegmenter
+
+log = logging.getLogger("svf")
+
+
+def count_trainable(model: nn.Module) -> dict[str, int]:
+    """How many numbers train in the backbone and in the head, and how many there are in all."""
+    backbone = {id(p) for p in model.get_submodule("backbone").parameters()}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return {
+        "backbone": sum(p.numel() for p in trainable if id(p) in backbone),
+        "head": sum(p.numel() for p in trainable if id(p) not in backbone),
+        "all": sum(p.numel() for p in model.parameters()),
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Everything outside the configuration that a result depends on: code, versions, machine."""
+
+    def git(*arguments: str) -> str | None:
+        root = Path(__file__).parent
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    packages = ("svf-lightning", "torch", "torchvision", "pytorch-lightning", "timm", "numpy", "pillow")
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor() or platform.machine()
+    )
+    return {
+        "command": " ".join(sys.argv),
+        "commit": git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "versions": {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}},
+        "machine": {"device": device, "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+    }
+
+
+def test_scores(metrics: Mapping[str, Tensor], data: FewShotDataModule) -> dict[str, Any]:
+    """The test scores as plain numbers: mIoU, FB-IoU and the IoU of each novel class by name."""
+    names = data.source.class_names
+    return {
+        "miou": float(metrics["test/miou"]),
+        "fb_iou": float(metrics["test/fb_iou"]),
+        "class_iou": {names[c - 1]: float(metrics[f"test/class_{c}"]) for c in data.roles.test},
+    }
+
+
+def write_results(
+    folder: Path,
+    config: Config,
+    segmenter: FewShotSegmenter,
+    data: FewShotDataModule,
+    kept: Sequence[tuple[Episode, Tensor, Tensor]],
+    seconds: Mapping[str, float],
+) -> None:
+    """Write metrics.json and episodes.png, and print the table of scores."""
+    from svf_lightning.analysis import figures, tables
+
+    result = {
+        **test_scores(segmenter.trainer.callback_metrics, data),
+        "protocol": data.protocol().as_dict(),
+        "trainable": count_trainable(segmenter.model),
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "identity": identity(config),
+        **environment(),
+        "seed": config["seed"],
+        "config": config,
+    }
+    write_whole(folder / "metrics.json", json.dumps(result, indent=2) + "\n")
+    backbone = segmenter.model.backbone
+    figures.episode_grid(kept, data.source.class_names, backbone.mean, backbone.std, folder / "episodes.png")
+    tables.print_scores(result, f"fold {config['fold']}: {describe(result['protocol'])}")
+    log.info("wrote %s, with pictures in episodes.png", folder / "metrics.json")

@@ -1,0 +1,1 @@
+"""Train and test a method: LightningModules, optimizers, losses, metrics, callbacks."""

@@ -1,0 +1,185 @@
+"""Every configuration file composes, and names code that exists with arguments that it takes."""
+
+import inspect
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import get_object
+from omegaconf import OmegaConf
+
+from svf_lightning.data.transforms import Augment, Letterbox
+from svf_lightning.runs.evaluation import evaluate
+
+CONF = Path(__file__).parents[2] / "conf"
+FILES = sorted(
+    path.relative_to(CONF).with_suffix("").as_posix()
+    for path in CONF.glob("*/*.yaml")
+    if path.parent.name != "protocol"  # a group of evaluate.yaml
+)
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+
+# What a choice needs beside itself, as its first comment says.
+NEEDS = {"backbone/timm": ["backbone.name=resnet18"]}
+
+
+def composed(*overrides, name="train"):
+    """The whole configuration as train.py gets it, resolved, as plain values."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        config = compose(name, ["hydra.runtime.output_dir=out", *overrides], return_hydra_config=True)
+    HydraConfig.instance().set_config(config)
+    OmegaConf.set_readonly(config, False)
+    OmegaConf.set_struct(config, False)
+    del config["hydra"]
+    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+
+
+def targets(node, path=""):
+    """Every node that names code, with the place where it stands."""
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield path, node
+        for key, value in node.items():
+            yield from targets(value, f"{path}.{key}".lstrip("."))
+    elif isinstance(node, list):
+        for number, value in enumerate(node):
+            yield from targets(value, f"{path}[{number}]")
+
+
+def check(config):
+    found = dict(targets(config))
+    for path, node in found.items():
+        code = get_object(node["_target_"])
+        ours = {"_target_", "_partial_", "_convert_"} | ({"network"} if path == "model" else set())
+        arguments = {
+            key: value for key, value in node.items() if key not in ours
+        }  # runs.py hands over network
+        try:
+            inspect.signature(code).bind_partial(**arguments)
+        except TypeError as error:
+            pytest.fail(f"{path}: {node['_target_']} {error}")
+    return found
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_choice_composes_and_names_code_that_takes_its_arguments(file):
+    group, name = file.split("/")
+    choice = [f"{group}={name}"]
+    if group == "recipe" and name != "paper":  # train.yaml picks it by data set and model
+        data, model = name.split("_", 1)
+        choice = [f"data={data}", f"model={model}"]
+    found = check(composed(*choice, *NEEDS.get(file, [])))
+    assert {"data", "data.source", "backbone", "model", "model.network", "finetune", "trainer"} <= set(found)
+
+
+@pytest.mark.parametrize("model", [path.stem for path in sorted((CONF / "model").glob("*.yaml"))])
+def test_a_model_composes_with_its_papers_own_recipe(model):
+    check(composed(f"model={model}", "data=pascal", "backbone=resnet50"))
+
+
+def test_the_configuration_of_an_evaluation_is_what_evaluate_takes():
+    arguments = composed("run=runs/some", name="evaluate")
+    folder = arguments.pop("run")
+    inspect.signature(evaluate).bind(folder, **arguments)
+
+
+# The number of episodes and the seeds: ../shared/reference/protocol.md, section 4.
+PROTOCOLS = {
+    "bam": (1000, [510, 365, 382, 322, 988]),
+    "svf": (1000, [321]),
+    "pfenet": (5000, [321]),
+    "cyctr": (1000, [123]),
+    "hsnet": (1000, [0]),
+    "panet": (1000, [1234, 1235, 1236, 1237, 1238]),
+}
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted((CONF / "protocol").glob("*.yaml"))])
+def test_a_protocol_has_the_published_episodes_and_seeds(name):
+    config = composed("run=runs/some", f"protocol={name}", name="evaluate")
+    assert (config["episodes"], config["seeds"]) == PROTOCOLS[name]
+
+
+@pytest.mark.parametrize("data", [path.stem for path in sorted((CONF / "data").glob("*.yaml"))])
+def test_a_data_set_asks_for_transform_settings_that_exist(data):
+    config = composed(f"data={data}")["data"]
+    for name, transform in (("augment", Augment), ("letterbox", Letterbox)):
+        settings = {field.name for field in fields(transform)} - {"size", "mean", "std"}
+        assert set(config.get(name) or {}) <= settings
+
+
+# -- experiments
+
+# (data set, method, strategy, head's learning rate, schedule, batch, epochs, novel images, test episodes):
+# ../shared/reference/protocol.md, sections 3, 4 and 7.
+PASCAL, COCO = ("Pascal", 200), ("Coco", 50)
+EXPECTED = {
+    "table01_baseline_original": (*PASCAL, "Baseline", "frozen", 0.05, "poly", 8, "drop", 1000),
+    "table01_baseline_ours": (*PASCAL, "Baseline", "frozen", 0.015, "cosine", 8, "drop", 1000),
+    "table01_pfenet_original": (*PASCAL, "PFENet", "frozen", 0.025, "poly", 4, "drop", 1000),
+    "table01_pfenet_ours": (*PASCAL, "PFENet", "frozen", 0.015, "cosine", 8, "drop", 1000),
+    "table01_bam_original": (*PASCAL, "bam", "frozen", 0.05, "poly", 8, "drop", 1000),
+    "table01_bam_ours": (*PASCAL, "bam", "frozen", 0.015, "cosine", 8, "drop", 1000),
+    "table02_baseline": (*PASCAL, "Baseline", "frozen", 0.05, "poly", 8, "background", 1000),
+    "table02_pfenet": (*PASCAL, "PFENet", "frozen", 0.025, "poly", 4, "background", 1000),
+    "table02_bam": (*PASCAL, "bam", "frozen", 0.05, "poly", 8, "background", 1000),
+    "table02_cyctr": (*PASCAL, "CyCTR", "frozen", 0.0375, "poly", 4, "background", 1000),
+    "table02_cyctr_trick": (*PASCAL, "CyCTR", "frozen", 0.0375, "poly", 4, "drop", 1000),
+    "table03_1000": (*COCO, "Baseline", "svf", 0.015, "cosine", 8, "drop", 1000),
+    "table03_4000": (*COCO, "Baseline", "svf", 0.015, "cosine", 8, "drop", 4000),
+    "table03_5000": (*COCO, "Baseline", "svf", 0.015, "cosine", 8, "drop", 5000),
+    "table04_1shot": (*PASCAL, "Baseline", "svf", 0.015, "cosine", 8, "background", 1000),
+    "table04_5shot": (*PASCAL, "Baseline", "svf", 0.015, "cosine", 8, "background", 1000),
+}
+
+
+def test_no_experiment_is_unknown_here():
+    assert set(EXPERIMENTS) == set(EXPECTED)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_an_experiment_has_the_published_settings(name):
+    config = composed(f"experiment={name}", "fold=2")
+    data, model = config["data"], config["model"]
+    assert (
+        data["source"]["_target_"].split(".")[-1],
+        config["epochs"],
+        model["network"]["_target_"].split(".")[-1],
+        config["finetune"]["_target_"].split(".")[-2],
+        model["lr"],
+        model["schedule"],
+        data["batch_size"],
+        data["novel_images"],
+        data["test_episodes"],
+    ) == EXPECTED[name]
+    assert data["val_episodes"] == data["test_episodes"]  # the best validation is what was published
+    assert config["backbone"]["_target_"].endswith("resnet50")
+    assert config["backbone"]["dilation"] == ("uniform" if "bam" in name else "torchvision")
+    assert config["selection"] == "novel"
+    assert (data["fold"], data["shot"]) == (2, 5 if name.endswith("5shot") else 1)
+    assert model["network"]["shot"] == data["shot"]
+
+
+def test_no_two_experiments_share_a_folder():
+    names = {name: composed(f"experiment={name}")["run_name"] for name in EXPECTED}
+    same = {"table04_1shot", "table04_5shot"}  # apart by their shots
+    assert len(set(names.values())) == len(names), names
+    assert all("without_trick" in names[name] for name in same)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_says_its_command_its_published_numbers_and_their_source(name):
+    lines = (CONF / "experiment" / f"{name}.yaml").read_text().splitlines()
+    assert lines[0] == "# @package _global_"
+    assert lines[1].startswith("# python train.py ")
+    assert f"experiment={name} " in lines[1] + " "
+    published = re.match(r"# Published: (?:([\d. ]+), )?mean ([\d.]+) %.*Table \d", lines[2])
+    assert published, lines[2]
+    folds, mean = published.groups()
+    if folds is not None:
+        values = [float(value) for value in folds.split()]
+        assert len(values) == 4
+        assert sum(values) / 4 == pytest.approx(float(mean), abs=0.06)  # CyCTR's row is off by 0.05 in print
