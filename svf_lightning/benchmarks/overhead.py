@@ -13,7 +13,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 
 from svf_lightning.runs.configuration import compose
-from svf_lightning.runs.run import build, build_loggers, build_strategy, trainer_arguments
+from svf_lightning.runs.run import build, build_all, build_part, build_trainer
 from svf_lightning.training.callbacks import EpisodeProgress, Finetune
 
 
@@ -42,9 +42,8 @@ def run(steps: int) -> str:
     config = compose([f"data.episodes_per_epoch={8 * steps}", "epochs=1"], folder)
     segmenter, data = build(config)
     clock = Clock()
-    arguments = {**trainer_arguments(config), "limit_val_batches": 0}
-    callbacks = [Finetune(build_strategy(config)), EpisodeProgress(), clock]
-    trainer = pl.Trainer(**arguments, logger=build_loggers(config), callbacks=callbacks)
+    callbacks = [Finetune(build_part(config, "finetune")), EpisodeProgress(), clock]
+    trainer = build_trainer(config, callbacks, logger=build_all(config, "logger"), limit_val_batches=0)
     trainer.fit(segmenter, datamodule=data)
     trained = (clock.ends[-1] - clock.ends[0]) / (steps - 1)
 

@@ -40,7 +40,7 @@ from svf_lightning.backbones.resnet import resnet50
 from svf_lightning.finetune import frozen, svf
 from svf_lightning.progress import track
 from svf_lightning.runs.configuration import choices, compose
-from svf_lightning.runs.run import build_strategy
+from svf_lightning.runs.run import build_part
 from svf_lightning.svf.layer import SVFLayer
 from svf_lightning.svf.network import merge_svf
 
@@ -267,7 +267,7 @@ def strategies(names: Sequence[str], rank: int = 30) -> dict[str, Prepare]:
     ways = {}
     for name in names or known:
         overrides = [f"finetune={name}"] + ([f"finetune.rank={rank}"] if name == "svf_rank30" else [])
-        ways[name] = build_strategy(compose(overrides, Path()))
+        ways[name] = build_part(compose(overrides, Path()), "finetune")
     return ways
 
 

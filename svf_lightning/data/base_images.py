@@ -93,18 +93,16 @@ class BaseDataModule(pl.LightningDataModule):
         self.classes = tuple(classes)
         self.augment = Augment(image_size, tuple(mean), tuple(std), **(augment or {}))
         self.letterbox = Letterbox(image_size, tuple(mean), tuple(std))
-        self.batch_size = self.test_batch_size = batch_size
-        self.val_episodes = 0  # validation images, known after `setup`; named as `EpisodeProgress` reads it
+        self.batch_size = batch_size
 
     def prepare_data(self) -> None:
         self.source.prepare()
 
-    def setup(self, stage: str) -> None:
-        if stage == "fit":
+    def setup(self, stage: str | None = None) -> None:
+        if stage in ("fit", "validate", None):
             train, val = self.source.index("train"), self.source.index("val")
             self.train_set = BaseImages(train, self.classes, self.augment, seed=self.seed)
             self.val_set = BaseImages(val, self.classes, self.letterbox, seed=self.seed)
-            self.val_episodes = len(self.val_set)
 
     def train_dataloader(self) -> DataLoader:
         if len(self.train_set) < self.batch_size:

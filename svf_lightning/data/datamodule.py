@@ -1,7 +1,7 @@
 """The stages of a run and their loaders: base classes for training, others for validation and test."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
+from svf_lightning.backbones.backbone import IMAGENET_MEAN, IMAGENET_STD
 from svf_lightning.data.episode_list import read_list
 from svf_lightning.data.episodes import Draw, EpisodeDataset, EpochSampler, NovelImages, collate
 from svf_lightning.data.folds import class_roles
@@ -36,7 +37,8 @@ class FewShotDataModule(pl.LightningDataModule):
         shot: Support images per episode.
         image_size: Side of the square images that the network gets, in pixels.
         batch_size: Episodes in a training batch, on each device. An incomplete last batch is left out.
-        mean: Mean of each channel as the backbone wants it, for images in [0, 1].
+        mean: Mean of each channel as the backbone wants it, for images in [0, 1]. None takes that of the
+            backbone under the Trainer, or ImageNet's where there is none.
         std: Standard deviation of each channel, likewise.
         augment: Settings of `Augment` other than size, mean and std; None takes its defaults.
         letterbox: Settings of `Letterbox`, likewise.
@@ -67,8 +69,8 @@ class FewShotDataModule(pl.LightningDataModule):
         shot: int,
         image_size: int,
         batch_size: int,
-        mean: Sequence[float],
-        std: Sequence[float],
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         augment: Mapping[str, Any] | None = None,
         letterbox: Mapping[str, Any] | None = None,
         seed: int = 0,
@@ -86,8 +88,9 @@ class FewShotDataModule(pl.LightningDataModule):
         self.source, self.fold, self.shot, self.seed = source, fold, shot, seed
         self.selection, self.episode_seed, self.episode_list = selection, episode_seed, episode_list
         self.roles = class_roles(*source.classes(fold), selection)
-        self.augment = _build(Augment, "augment", image_size, mean, std, augment)
-        self.letterbox = _build(Letterbox, "letterbox", image_size, mean, std, letterbox)
+        self.mean, self.std = mean, std
+        self.augment: Augment = _build(Augment, "augment", image_size, augment)
+        self.letterbox: Letterbox = _build(Letterbox, "letterbox", image_size, letterbox)
         self.novel_images = novel_images
         self.batch_size, self.test_batch_size, self.workers = batch_size, test_batch_size, workers
         self.episodes_per_epoch = episodes_per_epoch
@@ -99,8 +102,16 @@ class FewShotDataModule(pl.LightningDataModule):
         self.source.index("train")
         self.source.index("val")
 
-    def setup(self, stage: str) -> None:
-        if stage == "fit":
+    def setup(self, stage: str | None = None) -> None:
+        """Draw the episodes of a stage, "fit", "validate", "test" or "predict"; None is all of them."""
+        network = getattr(getattr(self.trainer, "lightning_module", None), "model", None)
+        backbone: Any = getattr(network, "backbone", None)
+        mean, std = self.mean or IMAGENET_MEAN, self.std or IMAGENET_STD
+        if backbone is not None:
+            mean, std = self.mean or backbone.mean, self.std or backbone.std
+        self.augment = replace(self.augment, mean=tuple(mean), std=tuple(std))
+        self.letterbox = replace(self.letterbox, mean=tuple(mean), std=tuple(std))
+        if stage in ("fit", None):
             self.train_set = EpisodeDataset(
                 self.source.index("train"),
                 self.roles.train,
@@ -111,10 +122,10 @@ class FewShotDataModule(pl.LightningDataModule):
                 novel_images=self.novel_images,
                 hidden=self.roles.validation if self.selection == "base" else (),
             )
-        if stage in ("fit", "validate"):
+        if stage in ("fit", "validate", None):
             images = self.source.index("train" if self.selection == "base" else "val")
             self.val_set = self._fixed_episodes(images, self.roles.validation, length=self.val_episodes)
-        if stage == "test":
+        if stage in ("test", "predict", None):
             images = self.source.index("val")
             listed = self._listed_episodes(images)
             self.test_set = self._fixed_episodes(
@@ -136,6 +147,8 @@ class FewShotDataModule(pl.LightningDataModule):
 
     def test_dataloader(self) -> DataLoader:
         return self._fixed_loader(self.test_set)
+
+    predict_dataloader = test_dataloader
 
     def protocol(self) -> Protocol:
         """What the test was, once it is set up."""
@@ -210,8 +223,6 @@ def _build(
     transform: Any,
     argument: str,
     size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
     settings: Mapping[str, Any] | None,
 ) -> Any:
     """A transform from its settings, refusing unknown ones by the name of the argument they came in."""
@@ -219,4 +230,4 @@ def _build(
     known = {field.name for field in fields(transform)} - {"size", "mean", "std"}
     if unknown := sorted(set(settings) - known):
         raise ValueError(f"{argument} has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}")
-    return transform(size, tuple(mean), tuple(std), **settings)
+    return transform(size, IMAGENET_MEAN, IMAGENET_STD, **settings)  # `setup` puts the backbone's own in

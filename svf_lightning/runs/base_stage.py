@@ -2,7 +2,6 @@
 
 import json
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,13 @@ from svf_lightning.data.base_images import BaseDataModule
 from svf_lightning.data.folds import class_roles
 from svf_lightning.files import write_whole
 from svf_lightning.models.pspnet import PSPNet
-from svf_lightning.runs.configuration import Config, write_config
-from svf_lightning.runs.folder import load_checkpoint, move_earlier_results, resume_point, tested_checkpoint
+from svf_lightning.runs.configuration import Config
+from svf_lightning.runs.fit import begin, fit
+from svf_lightning.runs.folder import tested_checkpoint
 from svf_lightning.runs.results import environment
-from svf_lightning.runs.run import build_backbone, build_loggers, data_source, trainer_arguments
+from svf_lightning.runs.run import build_part
 from svf_lightning.training.base_learner import BaseSegmenter, save_base
+from svf_lightning.training.checkpoints import load_checkpoint
 
 log = logging.getLogger("svf")
 
@@ -62,24 +63,16 @@ def train(config: Config) -> float:
     Raises:
         ValueError: If the configuration is not one of BAM, or a value is not possible.
     """
-    import pytorch_lightning as pl
-    from pytorch_lightning.callbacks import ModelCheckpoint
-
-    from svf_lightning.training.callbacks import EpisodeProgress
-
     if "base" not in config:
         raise ValueError(f"task=base trains BAM's base learner; model={config['names']['model']} has none")
     settings: dict[str, Any] = config["base"]
     folder = Path(config["run_dir"])
-    resume = resume_point(folder, config["resume"])
-    if resume is None:
-        move_earlier_results(folder)
-    write_config(folder, config)
-
-    pl.seed_everything(config["seed"], workers=True, verbose=False)
-    source = data_source(config)
-    classes = class_roles(*source.classes(config["fold"]), config["selection"]).train
-    backbone = build_backbone(config)
+    config = _of_this_stage(config, folder)
+    resume = begin(config)
+    source = build_part(config, "data.source")
+    base, novel = source.classes(config["fold"])
+    classes = class_roles(base, novel, config["selection"]).train
+    backbone = build_part(config, "backbone")
     model = PSPNet(backbone, len(classes), train_batch_norm=settings["train_batch_norm"])
     header = {
         "data": source.name,
@@ -102,32 +95,9 @@ def train(config: Config) -> float:
         workers=config["workers"],
         **{key: settings[key] for key in _OF_DATA},
     )
-    best = ModelCheckpoint(
-        folder / "checkpoints",
-        filename="best",
-        monitor="val/base_miou",
-        mode="max",
-        save_last=True,
-        enable_version_counter=False,
-    )
-    loggers = {
-        name: {**node, "save_dir": str(folder)} if "save_dir" in node else node
-        for name, node in (config.get("logger") or {}).items()
-    }
-    trainer = pl.Trainer(
-        **{
-            **trainer_arguments(config),
-            "max_epochs": settings["epochs"],
-            "check_val_every_n_epoch": 1,
-            "default_root_dir": str(folder),
-        },
-        logger=build_loggers({**config, "logger": loggers}),
-        callbacks=[best, EpisodeProgress(unit="images")],
-    )
-    trainer.fit(segmenter, datamodule=data, ckpt_path=resume, weights_only=True)
-    if trainer.interrupted:
-        log.warning("stopped; with `resume=last` the base learner goes on from its last whole epoch")
-        sys.exit(130)
+    changes = {"max_epochs": settings["epochs"], "check_val_every_n_epoch": 1}
+    trainer = fit(config, segmenter, data, resume, default_root_dir=str(folder), **changes)
+    best: Any = trainer.checkpoint_callback
     miou = float("nan") if best.best_model_score is None else float(best.best_model_score)
     if trainer.is_global_zero:
         chosen = load_checkpoint(tested_checkpoint(folder))
@@ -137,3 +107,18 @@ def train(config: Config) -> float:
         write_whole(folder / "base.json", json.dumps({**result, **environment()}, indent=2) + "\n")
         log.info("base mIoU %.2f %%; wrote %s", 100 * miou, folder / "base.pth")
     return miou
+
+
+def _of_this_stage(config: Config, folder: Path) -> Config:
+    """The configuration with callbacks and loggers of the base learner's own folder."""
+    room = "svf_lightning.training.callbacks"
+    checkpoint = {"folder": str(folder / "checkpoints"), "selection": "base", "monitor": "val/base_miou"}
+    loggers = {
+        name: {**node, "save_dir": str(folder)} if "save_dir" in node else node
+        for name, node in (config.get("logger") or {}).items()
+    }
+    callbacks = {
+        "checkpoint": {"_target_": f"{room}.checkpoints", **checkpoint},
+        "progress": {"_target_": f"{room}.EpisodeProgress", "unit": "images"},
+    }
+    return {**config, "logger": loggers, "callbacks": callbacks}

@@ -1,6 +1,6 @@
 """The configuration of a run: composed, checked, saved, and turned into objects."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ import yaml
 
 from svf_lightning.data.folds import SELECTIONS
 from svf_lightning.files import write_whole
+from svf_lightning.runs import earlier
 
 Config = dict[str, Any]
 
@@ -68,20 +69,6 @@ def _configuration_files() -> Path:
     return files
 
 
-def build_object(node: Mapping[str, Any]) -> Any:
-    # Hydra builds objects from `_target_` entries; imported late, as everything heavy.
-    from hydra.errors import InstantiationException
-    from hydra.utils import instantiate
-
-    try:
-        return instantiate(dict(node), _convert_="all")
-    except InstantiationException as error:
-        # What the user did wrong is in the cause; Hydra's wrapping repeats it in four lines.
-        if isinstance(error.__cause__, (ValueError, OSError)):
-            raise error.__cause__ from None
-        raise
-
-
 def load_config(folder: str | Path) -> Config:
     """Read the configuration of a run.
 
@@ -93,7 +80,7 @@ def load_config(folder: str | Path) -> Config:
         raise FileNotFoundError(
             f"{folder} is not a run folder: it has no config.yaml; name one that train.py made"
         )
-    return yaml.safe_load(path.read_text())
+    return earlier.update(yaml.safe_load(path.read_text()))
 
 
 def write_config(folder: Path, config: Config) -> None:

@@ -11,7 +11,7 @@ from svf_lightning.files import replace_file
 from svf_lightning.models.bam import BAM
 from svf_lightning.runs.configuration import compose, write_config
 from svf_lightning.runs.official import from_official
-from svf_lightning.runs.run import build_segmenter, build_strategy, data_source
+from svf_lightning.runs.run import build_part, build_segmenter
 from svf_lightning.svf.network import merge_svf
 
 # Per method: its choice of `model`, the dilation of a ResNet, and what else the official code has of its own.
@@ -79,14 +79,14 @@ def convert(
         ],
         folder,
     )
-    base, novel = data_source(config).classes(fold)
+    base, novel = build_part(config, "data.source").classes(fold)
     if isinstance(model, BAM) and len(model.base_classes) != len(base):
         raise ValueError(
             f"{checkpoint} knows {len(model.base_classes)} base classes, data={data} has {len(base)} a fold; "
             "name the data set that it was trained on"
         )
     segmenter = build_segmenter(config, novel)
-    build_strategy(config)(segmenter.model.backbone)
+    build_part(config, "finetune")(segmenter.model.backbone)
     ours, theirs = dilations(segmenter.model.backbone), dilations(model.get_submodule("backbone"))
     if ours != theirs:
         raise ValueError(

@@ -15,7 +15,7 @@ from svf_lightning.files import write_whole
 from svf_lightning.runs.configuration import check_values
 from svf_lightning.runs.folder import keep_earlier
 from svf_lightning.runs.results import environment, test_scores
-from svf_lightning.runs.run import build_data, load_run, silence_warnings, trainer_arguments
+from svf_lightning.runs.run import build_data, build_trainer, load_run, silence_warnings
 
 log = logging.getLogger("svf")
 
@@ -28,6 +28,7 @@ def evaluate(
     episode_list: str | None = None,
     save_episodes: str | None = None,
     root: str | None = None,
+    trust: Sequence[str] = (),
     batch_size: int | None = None,
     workers: int = 0,
     feature_memory: int = 2048,
@@ -45,6 +46,7 @@ def evaluate(
             ``seeds``, all that are in it.
         save_episodes: Write the episodes that were tested into such a file.
         root: The data set's folder; None is the run's own.
+        trust: Modules that the run's configuration may call, beside those of this package.
         batch_size: Episodes tested at once; it changes no result.
         workers: Processes that read images.
         feature_memory: Megabytes of features to keep, so that images met again are not computed again.
@@ -56,15 +58,13 @@ def evaluate(
         FileNotFoundError: If there is no such run or list.
         ValueError: If a value is not possible, or the list fits another test.
     """
-    import pytorch_lightning as pl
-
     from svf_lightning.analysis import tables
     from svf_lightning.training.callbacks import EpisodeProgress, RememberFeatures
 
     silence_warnings()
     if episode_list is not None and episodes is not None:
         raise ValueError(f"episodes={episodes} cannot be had from {episode_list}, which has its own number")
-    config, segmenter = load_run(folder, root=root)
+    config, segmenter = load_run(folder, root=root, trust=trust)
     changes = {
         **{"shot": shot, "test_episodes": episodes, "episode_list": episode_list},
         **{"test_batch_size": batch_size, "workers": workers},
@@ -77,9 +77,9 @@ def evaluate(
     rows, protocols, tested = [], [], {}
     for seed in seeds:
         config["data"]["episode_seed"] = seed
-        data = build_data(config, segmenter.model.backbone)
+        data = build_data(config)
         callbacks = [RememberFeatures(feature_memory), EpisodeProgress()]
-        trainer = pl.Trainer(**trainer_arguments(config), logger=False, callbacks=callbacks)
+        trainer = build_trainer(config, callbacks)
         started = time.monotonic()
         trainer.test(segmenter, datamodule=data, verbose=False)
         seconds = time.monotonic() - started

@@ -13,7 +13,7 @@ from svf_lightning.episode import Episode
 from svf_lightning.files import replace_file
 from svf_lightning.finetune import lora
 from svf_lightning.runs.configuration import Config, load_config, write_config
-from svf_lightning.runs.run import build_segmenter, build_strategy, data_source, identity, load_run
+from svf_lightning.runs.run import build_part, build_segmenter, identity, load_run
 from svf_lightning.svf import files as singular_files
 from svf_lightning.svf.layer import SVFLayer
 from svf_lightning.svf.network import merge_svf
@@ -107,8 +107,8 @@ def restore_run(file: Path, out: Path) -> None:
             f"{file} holds a backbone alone; export with --with-head, or load it with "
             "svf_lightning.svf.files.load into a backbone of your own"
         )
-    segmenter = build_segmenter(config, data_source(config).classes(config["fold"])[1])
-    build_strategy(config)(segmenter.model.backbone)
+    segmenter = build_segmenter(config, build_part(config, "data.source").classes(config["fold"])[1])
+    build_part(config, "finetune")(segmenter.model.backbone)
     singular_files.load(segmenter.model, values)
     merge(segmenter.model.backbone)
     _write_run(out, config, segmenter)

@@ -2,9 +2,8 @@
 
 import logging
 from pathlib import Path
-from typing import Any
 
-import torch
+from svf_lightning.training.checkpoints import load_checkpoint
 
 log = logging.getLogger("svf")
 
@@ -61,22 +60,6 @@ def tested_checkpoint(folder: Path) -> Path:
         if (folder / "checkpoints" / name).is_file():
             return folder / "checkpoints" / name
     raise FileNotFoundError(f"{folder}/checkpoints has neither best.ckpt nor last.ckpt; train the run first")
-
-
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint without running any code that it may contain.
-
-    Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If the file is truncated or not a checkpoint of tensors and plain values.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}; give the path of a .ckpt file")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen kinds for a broken file
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} cannot be read as a checkpoint ({reason}); is it truncated?") from None
 
 
 def keep_earlier(path: Path) -> None:

@@ -6,34 +6,23 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from svf_lightning.data.datamodule import FewShotDataModule
 from svf_lightning.data.protocol import describe
-from svf_lightning.episode import Episode
 from svf_lightning.files import write_whole
 from svf_lightning.runs.configuration import Config
 from svf_lightning.runs.run import identity
+from svf_lightning.training.callbacks import count_trainable
 from svf_lightning.training.segmenter import FewShotSegmenter
 
 log = logging.getLogger("svf")
-
-
-def count_trainable(model: nn.Module) -> dict[str, int]:
-    """How many numbers train in the backbone and in the head, and how many there are in all."""
-    backbone = {id(p) for p in model.get_submodule("backbone").parameters()}
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    return {
-        "backbone": sum(p.numel() for p in trainable if id(p) in backbone),
-        "head": sum(p.numel() for p in trainable if id(p) not in backbone),
-        "all": sum(p.numel() for p in model.parameters()),
-    }
 
 
 def environment() -> dict[str, Any]:
@@ -70,16 +59,12 @@ def test_scores(metrics: Mapping[str, Tensor], data: FewShotDataModule) -> dict[
 
 
 def write_results(
-    folder: Path,
-    config: Config,
-    segmenter: FewShotSegmenter,
-    data: FewShotDataModule,
-    kept: Sequence[tuple[Episode, Tensor, Tensor]],
-    seconds: Mapping[str, float],
+    config: Config, segmenter: FewShotSegmenter, data: FewShotDataModule, seconds: Mapping[str, float]
 ) -> None:
-    """Write metrics.json and episodes.png, and print the table of scores."""
+    """Write metrics.json and, if the run keeps episodes, episodes.png; print the table of scores."""
     from svf_lightning.analysis import figures, tables
 
+    folder = Path(config["run_dir"])
     result = {
         **test_scores(segmenter.trainer.callback_metrics, data),
         "protocol": data.protocol().as_dict(),
@@ -91,7 +76,9 @@ def write_results(
         "config": config,
     }
     write_whole(folder / "metrics.json", json.dumps(result, indent=2) + "\n")
-    backbone = segmenter.model.backbone
-    figures.episode_grid(kept, data.source.class_names, backbone.mean, backbone.std, folder / "episodes.png")
+    kept = [pair for callback in segmenter.trainer.callbacks for pair in getattr(callback, "kept", [])]  # type: ignore[attr-defined]
+    if kept:
+        mean, std = segmenter.model.backbone.mean, segmenter.model.backbone.std
+        figures.episode_grid(kept, data.source.class_names, mean, std, folder / "episodes.png")
     tables.print_scores(result, f"fold {config['fold']}: {describe(result['protocol'])}")
-    log.info("wrote %s, with pictures in episodes.png", folder / "metrics.json")
+    log.info("wrote %s%s", folder / "metrics.json", ", with pictures in episodes.png" if kept else "")

@@ -12,18 +12,19 @@ The configuration is a plain nested dict whose ``_target_`` entries name classes
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from pytorch_lightning import Callback, Trainer
 
 from svf_lightning.data.datamodule import FewShotDataModule
-from svf_lightning.data.folds import class_roles
-from svf_lightning.data.source import Source
-from svf_lightning.runs.configuration import Config, build_object, load_config
-from svf_lightning.runs.folder import load_checkpoint, tested_checkpoint
-from svf_lightning.training.segmenter import FewShotSegmenter, check_identity
+from svf_lightning.objects import build_object, check_trust
+from svf_lightning.runs.configuration import Config, load_config
+from svf_lightning.runs.folder import tested_checkpoint
+from svf_lightning.training.checkpoints import load_checkpoint, load_weights
+from svf_lightning.training.optimizers import check_identity
+from svf_lightning.training.segmenter import FewShotSegmenter
 
 log = logging.getLogger("svf")
 
@@ -35,19 +36,18 @@ def identity(config: Mapping[str, Any]) -> dict[str, str | int]:
 
 def build(config: Config) -> tuple[FewShotSegmenter, FewShotDataModule]:
     """Build the LightningModule and the LightningDataModule of a run; no file of the data set is read yet."""
-    roles = class_roles(*data_source(config).classes(config["fold"]), config["selection"])
-    segmenter = build_segmenter(config, roles.test, roles.validation)
-    return segmenter, build_data(config, segmenter.model.backbone)
+    data = build_data(config)
+    return build_segmenter(config, data.roles.test, data.roles.validation), data
 
 
-def data_source(config: Config) -> Source:
-    """Build the data set's description."""
-    return build_object(config["data"]["source"])
-
-
-def build_backbone(config: Config) -> Any:
-    """Build the backbone of a run, with its pretrained weights."""
-    return build_object(config["backbone"])
+def build_part(config: Config, name: str) -> Any:
+    """Build "data", "backbone", "model" or "finetune" of a run, or what stands below, as "data.source"."""
+    node: Any = config
+    for key in name.split("."):
+        node = node[key]
+    group = name.split(".")[0]
+    choice = config.get("names", {}).get(group)
+    return build_object(node, f"{name} (conf/{group}/{choice}.yaml)" if choice else name)
 
 
 def build_segmenter(
@@ -60,24 +60,45 @@ def build_segmenter(
         classes: The classes under test, as ids of the data set.
         validation_classes: Those under validation; None is those under test.
     """
-    network = build_object(config["model"]["network"])(build_backbone(config))
-    recipe = {key: value for key, value in config["model"].items() if key != "network"}
-    segmenter = build_object({**recipe, "_partial_": True})
-    return segmenter(network, classes, validation_classes=validation_classes, identity=identity(config))
+    segmenter: FewShotSegmenter = build_part(config, "model")
+    segmenter.set_classes(classes, validation_classes)
+    segmenter.identity = identity(config)
+    segmenter.configuration = {
+        "model": without_weights(config["model"]),
+        "finetune": config["finetune"],
+    }
+    return segmenter
 
 
-def build_data(config: Config, backbone: nn.Module) -> FewShotDataModule:
-    """Build the FewShotDataModule of a run, normalising images as its backbone expects."""
-    return build_object({**config["data"], "_partial_": True})(mean=backbone.mean, std=backbone.std)
+def build_data(config: Config) -> FewShotDataModule:
+    """Build the data module of a run; it normalises images as the backbone under its Trainer expects."""
+    return build_part(config, "data")
 
 
-def build_strategy(config: Config) -> Any:
-    """Build the fine-tune strategy of a run: a function that prepares a backbone in place."""
-    return build_object(config["finetune"])
+def build_trainer(config: Config, callbacks: Sequence[Callback], **changes: Any) -> Trainer:
+    """Build the Trainer of a run with other callbacks, or with other values of its own."""
+    node = {**config["trainer"], "enable_progress_bar": True, "_partial_": True}
+    logger = changes.pop("logger", False)
+    return build_object({**node, **changes}, "trainer")(callbacks=list(callbacks), logger=logger)
+
+
+def build_all(config: Config, group: str) -> list[Any]:
+    """Build every entry of "callbacks" or "logger"."""
+    nodes = (config.get(group) or {}).items()
+    return [build_object(node, f"{group}.{name}") for name, node in nodes if node is not None]
+
+
+def without_weights(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of a model whose weights a checkpoint will bring."""
+    network = {key: value for key, value in model["network"].items() if key != "base"}  # BAM's base learner
+    return {**model, "network": {**network, "backbone": {**network["backbone"], "weights": None}}}
 
 
 def load_run(
-    folder: str | Path, classes: tuple[int, ...] | None = None, root: str | None = None
+    folder: str | Path,
+    classes: tuple[int, ...] | None = None,
+    root: str | None = None,
+    trust: Sequence[str] = (),
 ) -> tuple[Config, FewShotSegmenter]:
     """Rebuild the segmenter of a finished run, with the weights that the run tested.
 
@@ -85,26 +106,32 @@ def load_run(
         folder: The run's folder.
         classes: The classes to be tested; None asks the data set, which may have to be there to answer.
         root: Where the data set lies now; None is where it lay in training.
+        trust: Modules that the run's configuration may call, beside those of this package.
 
     Raises:
         FileNotFoundError: If the folder has no configuration or no checkpoint.
-        ValueError: If the checkpoint belongs to another method, backbone or fold.
+        ValueError: If the checkpoint belongs to another method, backbone or fold, or the configuration wants
+            to call code that is not trusted.
     """
     folder = Path(folder)
     config = load_config(folder)
     checkpoint_path = tested_checkpoint(folder)
-    config["backbone"]["weights"] = None  # the checkpoint has them
-    config["model"]["network"].pop("base", None)  # and those of BAM's base learner
+    used = {
+        name: config[name] for name in ("data", "backbone", "model", "finetune", "trainer") if name in config
+    }
+    check_trust(used, f"{folder}/config.yaml", trust)
+    config["model"] = without_weights(config["model"])
+    config["backbone"] = config["model"]["network"]["backbone"]
     if root is not None:
         for source in (config["data"]["source"], config["model"]["network"].get("source", {})):
             source["root"] = root
     if classes is None:
-        classes = data_source(config).classes(config["fold"])[1]
+        classes = build_part(config, "data.source").classes(config["fold"])[1]
     segmenter = build_segmenter(config, classes)
-    build_strategy(config)(segmenter.model.backbone)
+    build_part(config, "finetune")(segmenter.model.backbone)
     checkpoint = load_checkpoint(checkpoint_path)
     check_identity(checkpoint.get("svf_lightning", {}), segmenter.identity)
-    segmenter.load_state_dict(checkpoint["state_dict"])
+    load_weights(segmenter, checkpoint["state_dict"], checkpoint_path)
     return config, segmenter.eval()
 
 
@@ -117,21 +144,3 @@ def silence_warnings() -> None:
         r"The '\w+_dataloader' does not have many workers",  # `workers` is the user's choice
     ):
         warnings.filterwarnings("ignore", message)
-
-
-def trainer_arguments(config: Config) -> dict[str, Any]:
-    """Arguments of Lightning's Trainer; the folder is ours, so it makes none of its own."""
-    arguments = {key: value for key, value in config["trainer"].items() if key != "_target_"}
-    if isinstance(arguments.get("strategy"), dict):
-        arguments["strategy"] = build_object(arguments["strategy"])
-    return {**arguments, "default_root_dir": config["run_dir"], "enable_progress_bar": True}
-
-
-def build_callbacks(config: Config) -> list[Any]:
-    """Build the callbacks that a run's configuration asks for; train.py adds those that every run has."""
-    return [build_object(node) for node in (config.get("callbacks") or {}).values()]
-
-
-def build_loggers(config: Config) -> list[Any]:
-    """Build the curve loggers of a run."""
-    return [build_object(node) for node in (config.get("logger") or {}).values()]

@@ -18,7 +18,13 @@ from svf_lightning.episode import IGNORE
 from svf_lightning.files import replace_file
 from svf_lightning.models.bam import BAM
 from svf_lightning.models.pspnet import PSPNet
-from svf_lightning.training.segmenter import check_identity
+from svf_lightning.training.optimizers import (
+    build_optimizer,
+    check_identity,
+    check_recipe,
+    seed_step,
+    with_schedule,
+)
 
 Batch = tuple[Tensor, Tensor]
 
@@ -58,8 +64,7 @@ class BaseSegmenter(pl.LightningModule):
         identity: dict[str, str | int] | None = None,
     ) -> None:
         super().__init__()
-        if optimizer not in ("sgd", "adamw"):
-            raise ValueError(f"base.optimizer must be 'sgd' or 'adamw', got {optimizer!r}")
+        check_recipe(optimizer, "poly", "base.")
         self.model = model.requires_grad_(True)
         self.optimizer, self.lr, self.backbone_lr_factor = optimizer, lr, backbone_lr_factor
         self.momentum, self.weight_decay = momentum, weight_decay
@@ -68,10 +73,7 @@ class BaseSegmenter(pl.LightningModule):
         self.confusion = MulticlassConfusionMatrix(model.classes + 1, ignore_index=IGNORE)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        # As in FewShotSegmenter: a global stream would run on differently after a resume.
-        torch.manual_seed(
-            (self.seed * 1_000_003 + self.global_step) * self.trainer.world_size + self.global_rank
-        )
+        seed_step(self, self.seed)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels = batch
@@ -88,21 +90,16 @@ class BaseSegmenter(pl.LightningModule):
         self.confusion.reset()
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
-        head = [*self.model.ppm.parameters(), *self.model.cls.parameters()]
-        backbone = self.model.backbone.parameters()
-        groups: list[dict[str, Any]] = [
-            {"params": head, "lr": self.lr},
-            {"params": list(backbone), "lr": self.lr * self.backbone_lr_factor},
-        ]
-        optimizer: torch.optim.Optimizer
-        if self.optimizer == "sgd":
-            optimizer = torch.optim.SGD(groups, momentum=self.momentum, weight_decay=self.weight_decay)
-        else:
-            optimizer = torch.optim.AdamW(groups, weight_decay=self.weight_decay)
-        self.trainer.estimated_stepping_batches  # noqa: B018  (makes the trainer count its batches)
-        steps = self.epochs * int(self.trainer.num_training_batches)
-        poly = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: max(1 - (t + 1) / steps, 0) ** 0.9)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": poly, "interval": "step"}}
+        optimizer = build_optimizer(
+            self.optimizer,
+            [*self.model.ppm.parameters(), *self.model.cls.parameters()],
+            self.model.backbone.parameters(),
+            lr=self.lr,
+            backbone_lr_factor=self.backbone_lr_factor,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+        )
+        return with_schedule(self.trainer, optimizer, "poly", self.epochs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["svf_lightning"] = self.identity

@@ -1,14 +1,14 @@
 """What happens around training, one small thing a callback."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sized
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import ProgressBar
+from pytorch_lightning.callbacks import ModelCheckpoint, ProgressBar
 from torch import Tensor, nn
 
 from svf_lightning.backbones.feature_cache import remember_features
@@ -37,13 +37,57 @@ class Finetune(Callback):
         model: Any = pl_module.model
         self.prepare(model.backbone)
         if stage == "fit" and trainer.is_global_zero:
-            backbone, whole = (
-                sum(p.numel() for p in module.parameters() if p.requires_grad)
-                for module in (model.backbone, model)
-            )
-            log.info(
-                "%s numbers train in the backbone, %s in the head", f"{backbone:,}", f"{whole - backbone:,}"
-            )
+            count = count_trainable(model)
+            log.info(f"{count['backbone']:,} numbers train in the backbone, {count['head']:,} in the head")
+
+
+class LogHyperparameters(Callback):
+    """Tell every logger the whole configuration, and how many numbers train.
+
+    Runs in ``on_fit_start``, when the fine-tune strategy has been applied.
+
+    Args:
+        configuration: Plain values.
+    """
+
+    def __init__(self, configuration: Mapping[str, Any]) -> None:
+        self.configuration = configuration
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        model: Any = pl_module.model
+        for logger in trainer.loggers:
+            logger.log_hyperparams({**self.configuration, "trainable": count_trainable(model)})
+
+
+def count_trainable(model: nn.Module) -> dict[str, int]:
+    """How many numbers train in the backbone and in the head, and how many there are in all."""
+    backbone = {id(p) for p in model.get_submodule("backbone").parameters()}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return {
+        "backbone": sum(p.numel() for p in trainable if id(p) in backbone),
+        "head": sum(p.numel() for p in trainable if id(p) not in backbone),
+        "all": sum(p.numel() for p in model.parameters()),
+    }
+
+
+def checkpoints(folder: str | Path, selection: str, monitor: str = "val/miou") -> ModelCheckpoint:
+    """Lightning's ModelCheckpoint as a run needs it: last.ckpt, and best.ckpt where validation chooses.
+
+    Args:
+        folder: Where they go.
+        selection: "last" chooses nothing; anything else keeps the weights with the highest ``monitor``.
+        monitor: A logged score.
+    """
+    chooses = selection != "last"
+    return ModelCheckpoint(
+        folder,
+        filename="best",
+        monitor=monitor if chooses else None,
+        mode="max",
+        save_top_k=int(chooses),
+        save_last=True,
+        enable_version_counter=False,
+    )
 
 
 class AfterSteps(Callback):
@@ -225,9 +269,8 @@ class EpisodeProgress(ProgressBar):
             self.bar = None
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        episodes = self.total_train_batches * data.batch_size
-        self.start(f"train, epoch {trainer.current_epoch + 1} of {trainer.max_epochs}", episodes)
+        total = _count(trainer.train_dataloader, self.total_train_batches)
+        self.start(f"train, epoch {trainer.current_epoch + 1} of {trainer.max_epochs}", total)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -240,9 +283,7 @@ class EpisodeProgress(ProgressBar):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.stop()
         if not trainer.sanity_checking:
-            data: Any = trainer.datamodule  # type: ignore[attr-defined]
-            total = sum(trainer.num_val_batches) * data.test_batch_size
-            self.start("validate", min(total, data.val_episodes))
+            self.start("validate", _count(trainer.val_dataloaders, sum(trainer.num_val_batches)))
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
@@ -253,17 +294,35 @@ class EpisodeProgress(ProgressBar):
         self.stop()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        total = sum(trainer.num_test_batches) * data.test_batch_size
-        self.start("test", min(total, data.test_episodes))
+        self.start("test", _count(trainer.test_dataloaders, sum(trainer.num_test_batches)))
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         self.advance(batch)
 
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.start("predict", _count(trainer.predict_dataloaders, sum(trainer.num_predict_batches)))
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        self.advance(batch)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.stop()
+
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.stop()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.stop()
+
+
+def _count(loader: Any, batches: float) -> float:
+    """How many items a loader gives in so many batches, as far as it knows; infinity where it does not."""
+    size, sampler = getattr(loader, "batch_size", None), getattr(loader, "sampler", None)
+    if size is None:
+        return float("inf")
+    whole = len(sampler) if isinstance(sampler, Sized) else float("inf")
+    return min(batches * size, whole)

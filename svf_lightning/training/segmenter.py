@@ -1,7 +1,7 @@
-"""The LightningModule around a few-shot method: one shared step, the recipe, the metric."""
+"""The LightningModule that trains and tests a few-shot method."""
 
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import pytorch_lightning as pl
@@ -10,9 +10,19 @@ from torch import Tensor, nn
 
 from svf_lightning.episode import Episode, Prediction
 from svf_lightning.models.blocks import resize
+from svf_lightning.objects import build_object, check_trust
 from svf_lightning.training import losses
+from svf_lightning.training.checkpoints import load_checkpoint, load_weights
 from svf_lightning.training.metrics import FewShotIoU
-from svf_lightning.training.optimizers import JointOptimizer
+from svf_lightning.training.optimizers import (
+    JointOptimizer,
+    build_optimizer,
+    check_identity,
+    check_recipe,
+    seed_step,
+    separate_optimizer,
+    with_schedule,
+)
 
 EvaluationBatch: TypeAlias = tuple[Episode, list[Tensor]]  # with the masks at original resolution
 
@@ -41,8 +51,8 @@ class FewShotSegmenter(pl.LightningModule):
     """Train and test a few-shot segmentation method on episodes.
 
     Args:
-        model: A method with a ``backbone``; maps an ``Episode`` to a ``Prediction``.
-        classes: The classes under test, as ids of the data set.
+        network: A method with a ``backbone``; maps an ``Episode`` to a ``Prediction``.
+        classes: The classes under test, as ids of the data set; None asks the data module.
         validation_classes: Those under validation; None is those under test.
         loss: Maps a prediction and its episode to a scalar.
         optimizer: "sgd" or "adamw".
@@ -50,24 +60,26 @@ class FewShotSegmenter(pl.LightningModule):
         backbone_lr_factor: Learning rate of whatever trains in the backbone, relative to ``lr``.
         momentum: Of SGD; AdamW does not read it.
         weight_decay: Of every parameter that trains.
-        apart: A submodule that learns apart from the rest, by AdamW at a constant rate and with no decay of
+        separate: A submodule that is trained separately, by AdamW at a constant rate and with no decay of
             biases, as CyCTR's transformer: ``{"module": name, "lr": number, "weight_decay": number}``.
         schedule: "cosine", "poly" (power 0.9) or "constant", per step.
-        epochs: Length of the schedule. Apart from ``trainer.max_epochs``, so that a run stopped
-            early and resumed follows the same curve as one that was never stopped.
+        epochs: Length of the schedule. It is not ``trainer.max_epochs``, so that a run stopped early and
+            resumed follows the same curve as one that was never stopped.
         seed: Dropout at step ``t`` draws from (seed, t) alone.
         channels_last: Memory format of the network; the faster one for convolutions on most devices.
         identity: What the checkpoint says of itself (method, backbone, fold, ...), plain
             strings and numbers. A checkpoint that says otherwise is refused.
+        configuration: Plain values from which :meth:`load_from_checkpoint` can build it all again: ``model``
+            and ``finetune``, as in a run's ``config.yaml``.
 
     Raises:
-        ValueError: For an unknown optimizer or schedule, or a submodule that the model does not have.
+        ValueError: For an unknown optimizer or schedule, or a submodule that the network does not have.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        classes: Iterable[int],
+        network: nn.Module,
+        classes: Iterable[int] | None = None,
         *,
         validation_classes: Iterable[int] | None = None,
         loss: Callable[[Prediction, Episode], Tensor] = losses.cross_entropy,
@@ -76,49 +88,57 @@ class FewShotSegmenter(pl.LightningModule):
         backbone_lr_factor: float = 0.1,
         momentum: float = 0.9,
         weight_decay: float = 1e-4,
-        apart: Mapping[str, Any] | None = None,
+        separate: Mapping[str, Any] | None = None,
         schedule: str = "cosine",
         epochs: int = 1,
         seed: int = 0,
         channels_last: bool = True,
-        identity: dict[str, str | int] | None = None,
+        identity: Mapping[str, str | int] | None = None,
+        configuration: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if optimizer not in ("sgd", "adamw"):
-            raise ValueError(f"optimizer must be 'sgd' or 'adamw', got {optimizer!r}")
-        if schedule not in ("cosine", "poly", "constant"):
-            raise ValueError(f"schedule must be 'cosine', 'poly' or 'constant', got {schedule!r}")
-        self.model: Any = model  # Any: torch types every attribute of a Module as Tensor | Module
+        check_recipe(optimizer, schedule)
+        self.model: Any = network  # Any: torch types every attribute of a Module as Tensor | Module
         self.loss = loss
         self.optimizer, self.lr, self.backbone_lr_factor = optimizer, lr, backbone_lr_factor
         self.momentum, self.weight_decay = momentum, weight_decay
-        self.apart = dict(apart) if apart else None
-        if self.apart and self.apart["module"] not in dict(model.named_children()):
+        self.separate = dict(separate) if separate else None
+        if self.separate and self.separate["module"] not in dict(network.named_children()):
             raise ValueError(
-                f"apart.module={self.apart['module']!r} is no submodule of {type(model).__name__}; it has "
-                f"{', '.join(name for name, _ in model.named_children())}"
+                f"separate.module={self.separate['module']!r} is no submodule of {type(network).__name__}; "
+                f"it has {', '.join(name for name, _ in network.named_children())}"
             )
         self.schedule, self.epochs = schedule, epochs
         self.seed = seed
         self.channels_last = channels_last
-        self.identity = identity or {}
-        classes = tuple(classes)
-        self.validation_iou = FewShotIoU(classes if validation_classes is None else validation_classes)
-        self.test_iou = FewShotIoU(classes)
+        self.identity = dict(identity or {})
+        self.configuration = dict(configuration or {})
+        if classes is not None:
+            self.set_classes(classes, validation_classes)
+
+    def set_classes(self, classes: Iterable[int], validation_classes: Iterable[int] | None = None) -> None:
+        """Say which classes are scored, in test and in validation (None: the same), and forget all scores."""
+        test = tuple(classes)
+        self.test_iou = FewShotIoU(test)
+        self.validation_iou = FewShotIoU(test if validation_classes is None else validation_classes)
 
     def forward(self, episode: Episode) -> Prediction:
         """Segment the queries of a batch of episodes."""
         return self.model(episode)
 
     def setup(self, stage: str) -> None:
+        roles = getattr(getattr(self.trainer, "datamodule", None), "roles", None)
+        if not hasattr(self, "test_iou") and roles is not None:
+            self.set_classes(roles.test, roles.validation)
+        if stage != "predict" and not hasattr(self, "test_iou"):
+            raise ValueError(
+                "which classes are scored? give FewShotSegmenter classes=[...], or a data module"
+            )
         if self.channels_last:  # after the callbacks' setup, which may replace layers
             self.model.to(memory_format=torch.channels_last)
 
     def on_train_batch_start(self, batch: Episode, batch_idx: int) -> None:
-        # A global stream would run on differently after a resume, or with another validation.
-        torch.manual_seed(
-            (self.seed * 1_000_003 + self.global_step) * self.trainer.world_size + self.global_rank
-        )
+        seed_step(self, self.seed)
 
     def training_step(self, episode: Episode, batch_idx: int) -> Tensor:
         loss = self.loss(self(episode), episode)
@@ -128,7 +148,7 @@ class FewShotSegmenter(pl.LightningModule):
     def evaluation_step(self, batch: EvaluationBatch, iou: FewShotIoU) -> dict[str, list[Tensor]]:
         """Score a batch at original resolution; return the predicted masks, for callbacks."""
         episode, labels = batch
-        masks = predict_masks(self(episode).logits, [(label.shape[0], label.shape[1]) for label in labels])
+        masks = self.predict_step(batch, 0)
         for mask, label, class_id in zip(masks, labels, episode.class_id.tolist(), strict=True):
             iou.update(mask, label, class_id)
         return {"masks": masks}
@@ -138,6 +158,19 @@ class FewShotSegmenter(pl.LightningModule):
 
     def test_step(self, batch: EvaluationBatch, batch_idx: int) -> dict[str, list[Tensor]]:
         return self.evaluation_step(batch, self.test_iou)
+
+    def predict_step(self, batch: Episode | EvaluationBatch, batch_idx: int) -> list[Tensor]:
+        """Predicted masks, 0 or 1, long, one ``(H, W)`` per query.
+
+        Args:
+            batch: Episodes, whose masks come at the size of their queries; or a batch of `FewShotDataModule`
+                (episodes and the queries' labels), whose masks come at the size of the labels.
+            batch_idx: Not used.
+        """
+        if isinstance(batch, Episode):
+            return list(self(batch).logits.argmax(dim=1))
+        episode, labels = batch
+        return predict_masks(self(episode).logits, [(label.shape[0], label.shape[1]) for label in labels])
 
     def on_validation_epoch_end(self) -> None:
         self.report(self.validation_iou, "val")
@@ -156,65 +189,72 @@ class FewShotSegmenter(pl.LightningModule):
         iou.reset()
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
-        elsewhere = ("backbone.", f"{self.apart['module']}.") if self.apart else ("backbone.",)
-        head = [
-            p for n, p in self.model.named_parameters() if not n.startswith(elsewhere) and p.requires_grad
-        ]
-        backbone = [p for p in self.model.backbone.parameters() if p.requires_grad]
-        groups = [{"params": head, "lr": self.lr}]
-        if backbone:
-            groups.append({"params": backbone, "lr": self.lr * self.backbone_lr_factor})
-        optimizer: torch.optim.Optimizer
-        if self.optimizer == "sgd":
-            optimizer = torch.optim.SGD(groups, momentum=self.momentum, weight_decay=self.weight_decay)
-        else:
-            optimizer = torch.optim.AdamW(groups, weight_decay=self.weight_decay)
-        if self.apart:
-            optimizer = JointOptimizer(optimizer, self.configure_apart())
-
-        self.trainer.estimated_stepping_batches  # noqa: B018  (makes the trainer count its batches)
-        steps = self.epochs * math.ceil(
-            self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+        elsewhere = ("backbone.", f"{self.separate['module']}.") if self.separate else ("backbone.",)
+        optimizer = build_optimizer(
+            self.optimizer,
+            [p for n, p in self.model.named_parameters() if not n.startswith(elsewhere) and p.requires_grad],
+            [p for p in self.model.backbone.parameters() if p.requires_grad],
+            lr=self.lr,
+            backbone_lr_factor=self.backbone_lr_factor,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
         )
-
-        def factor(step: int) -> float:
-            if self.schedule == "cosine":
-                return 0.5 * (1 + math.cos(math.pi * min(step / steps, 1)))
-            if self.schedule == "poly":  # the official code counts iterations from 1
-                return max(1 - (step + 1) / steps, 0) ** 0.9
-            return 1.0
-
-        scheduled = [factor] * len(groups)
-        constant = [lambda step: 1.0] * (len(optimizer.param_groups) - len(groups))
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, scheduled + constant)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def configure_apart(self) -> torch.optim.Optimizer:
-        """The optimizer of the submodule that learns apart."""
-        assert self.apart is not None
-        named = list(self.model.get_submodule(self.apart["module"]).named_parameters())
-        groups: list[dict[str, Any]] = [
-            {"params": [p for n, p in named if not n.endswith("bias")]},
-            {"params": [p for n, p in named if n.endswith("bias")], "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(groups, lr=self.apart["lr"], weight_decay=self.apart["weight_decay"])
+        constant = 0
+        if self.separate:
+            module = self.model.get_submodule(self.separate["module"])
+            other = separate_optimizer(module, self.separate["lr"], self.separate["weight_decay"])
+            optimizer, constant = JointOptimizer(optimizer, other), len(other.param_groups)
+        return with_schedule(self.trainer, optimizer, self.schedule, self.epochs, constant)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["svf_lightning"] = self.identity
+        checkpoint["configuration"] = self.configuration
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_identity(checkpoint.get("svf_lightning", {}), self.identity)
 
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,
+        checkpoint_path: str | Path,
+        network: nn.Module | None = None,
+        *,
+        trust: Sequence[str] = (),
+        **options: Any,
+    ) -> "FewShotSegmenter":
+        """A segmenter with the weights of a checkpoint, in eval mode.
 
-def check_identity(found: dict[str, str | int], expected: dict[str, str | int]) -> None:
-    """Refuse a checkpoint that was made for something else.
+        Args:
+            checkpoint_path: Such as ``runs/NAME/checkpoints/last.ckpt``, which says how to build the network.
+            network: The network to fill, prepared as it was trained. Needed where the checkpoint does not
+                come from ``train.py``, and so does not know.
+            trust: Modules that the checkpoint may call to build its network, beside those of this package.
+            options: Arguments of the constructor other than those that the checkpoint says.
 
-    Raises:
-        ValueError: Naming the first entry that differs, both values, and what to do.
-    """
-    for key, value in expected.items():
-        if found.get(key) != value:
-            raise ValueError(
-                f"the checkpoint was made with {key}={found.get(key)}, this run has {key}={value}; "
-                f"resume it with {key}={found.get(key)}, or start without resume"
-            )
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is damaged, does not say how to build the network, wants to call code that
+                is not trusted, or does not fit.
+        """
+        checkpoint = load_checkpoint(checkpoint_path)
+        configuration = checkpoint.get("configuration") or {}
+        recipe = {}
+        if network is None:
+            if "model" not in configuration:
+                raise ValueError(
+                    f"{checkpoint_path} does not say how to build its network; give the network that it was "
+                    "trained from: load_from_checkpoint(path, network)"
+                )
+            check_trust(configuration, str(checkpoint_path), trust)
+            model = dict(configuration["model"])
+            network = build_object(model.pop("network"), f"{checkpoint_path}, model.network")
+            build_object(configuration["finetune"], f"{checkpoint_path}, finetune")(network.backbone)
+            recipe = {key: value for key, value in model.items() if key not in ("_target_", "loss")}
+            if "loss" in model:
+                recipe["loss"] = build_object(model["loss"], f"{checkpoint_path}, model.loss")
+        identity = checkpoint.get("svf_lightning", {})
+        segmenter = cls(
+            network, **{**recipe, "identity": identity, "configuration": configuration, **options}
+        )
+        load_weights(segmenter, checkpoint["state_dict"], checkpoint_path)
+        return segmenter.eval()

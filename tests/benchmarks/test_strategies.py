@@ -109,7 +109,9 @@ def test_the_command_measures_a_resnet50_and_leaves_the_threads_as_they_were(mon
     small = made_backbone()
     monkeypatch.setattr(benchmark, "resnet50", lambda weights: small)
     threads = torch.get_num_threads()
-    arguments = "benchmark svf --strategy svf_rank30 --rank 4 --size 33 --batch 1 --rounds 1 --dtype bfloat16"
+    arguments = (
+        "benchmark strategies --strategy svf_rank30 --rank 4 --size 33 --batch 1 --rounds 1 --dtype bfloat16"
+    )
     result = CliRunner().invoke(app, [*arguments.split(), "--channels-last"])
 
     assert result.exit_code == 0, result.output

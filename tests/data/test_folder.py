@@ -17,7 +17,7 @@ from svf_lightning.data.episodes import EpisodeDataset
 from svf_lightning.data.folder import Folder
 from svf_lightning.data.folder_layouts import list_folder, read_names
 from svf_lightning.data.folds import split_own_classes
-from svf_lightning.runs.configuration import build_object
+from svf_lightning.objects import build_object
 from tests.made_folder import CLASSES, make_folder
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -419,5 +419,5 @@ def test_the_command_line_reaches_the_folder(tmp_path):
     from omegaconf import OmegaConf
 
     data = OmegaConf.to_container(config.data, resolve=True)
-    module = build_object({**data, "_partial_": True})(mean=(0.5,) * 3, std=(0.5,) * 3)
+    module = build_object(data, "data", mean=(0.5,) * 3, std=(0.5,) * 3)
     assert [module.source.class_names[c - 1] for c in module.roles.test] == ["leaf", "star"]

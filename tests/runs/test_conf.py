@@ -53,10 +53,7 @@ def check(config):
     found = dict(targets(config))
     for path, node in found.items():
         code = get_object(node["_target_"])
-        ours = {"_target_", "_partial_", "_convert_"} | ({"network"} if path == "model" else set())
-        arguments = {
-            key: value for key, value in node.items() if key not in ours
-        }  # runs.py hands over network
+        arguments = {key: value for key, value in node.items() if not key.startswith("_")}
         try:
             inspect.signature(code).bind_partial(**arguments)
         except TypeError as error:

@@ -18,7 +18,7 @@ from torch import nn
 from svf_lightning.analysis import tables
 from svf_lightning.analysis.published import FROZEN, SVF, TABLES
 from svf_lightning.backbones.resnet import resnet50
-from svf_lightning.runs.run import build_strategy
+from svf_lightning.runs.run import build_part
 from svf_lightning.training.callbacks import AfterSteps
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +62,7 @@ RESNET50 = {
 def strategy(name):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("train", [f"finetune={name}"])
-    return build_strategy({"finetune": OmegaConf.to_container(cfg.finetune, resolve=True)})
+    return build_part({"finetune": OmegaConf.to_container(cfg.finetune, resolve=True)}, "finetune")
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,8 @@ import torch
 import evaluate
 from svf_lightning.analysis import tables
 from svf_lightning.runs.configuration import check_values
-from svf_lightning.runs.folder import load_checkpoint
-from svf_lightning.runs.run import build, build_strategy, load_run
+from svf_lightning.runs.run import build, build_part, load_run
+from svf_lightning.training.checkpoints import load_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_a_run_leaves_its_scores_pictures_curves_and_all_that_is_needed_to_repea
 def test_only_singular_values_of_the_backbone_train(run, emoji_folder):
     config = json.loads((run / "metrics.json").read_text())["config"]
     segmenter, _ = build(config)
-    build_strategy(config)(segmenter.model.backbone)
+    build_part(config, "finetune")(segmenter.model.backbone)
     before, after = segmenter.model.backbone.state_dict(), weights(run)
     moved = {key for key, value in before.items() if not torch.equal(value, after[f"model.backbone.{key}"])}
     assert moved

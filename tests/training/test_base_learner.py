@@ -12,9 +12,9 @@ from svf_lightning.data.emoji import Emoji
 from svf_lightning.data.pascal import Pascal
 from svf_lightning.data.source import ImageIndex
 from svf_lightning.models.pspnet import PSPNet
-from svf_lightning.runs.folder import load_checkpoint
 from svf_lightning.runs.run import load_run
 from svf_lightning.training.base_learner import bam, load_base, save_base
+from svf_lightning.training.checkpoints import load_checkpoint
 
 PASCAL = Pascal("nowhere")  # its classes need no files
 

@@ -13,7 +13,7 @@ from svf_lightning.training.optimizers import JointOptimizer
 from svf_lightning.training.segmenter import FewShotSegmenter
 
 RECIPE = {"optimizer": "sgd", "lr": 0.1, "backbone_lr_factor": 0.5, "momentum": 0.9, "weight_decay": 0.01}
-APART = {"module": "transformer", "lr": 0.03, "weight_decay": 0.2}
+SEPARATE = {"module": "transformer", "lr": 0.03, "weight_decay": 0.2}
 
 
 class Method(nn.Module):
@@ -47,7 +47,7 @@ class Rates(pl.Callback):
 
 
 def fit(folder, epochs, checkpoint=None):
-    segmenter = FewShotSegmenter(Method(), [1], **RECIPE, apart=APART, schedule="poly", epochs=2)
+    segmenter = FewShotSegmenter(Method(), [1], **RECIPE, separate=SEPARATE, schedule="poly", epochs=2)
     rates = Rates()
     trainer = pl.Trainer(
         default_root_dir=folder,
@@ -134,5 +134,7 @@ def test_a_loaded_state_belongs_to_the_inner_optimizers_too():
 
 
 def test_a_submodule_that_does_not_exist_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"apart.module='attention' is no submodule of Method; it has .*cls"):
-        FewShotSegmenter(Method(), [1], apart={**APART, "module": "attention"})
+    with pytest.raises(
+        ValueError, match=r"separate.module='attention' is no submodule of Method; it has .*cls"
+    ):
+        FewShotSegmenter(Method(), [1], separate={**SEPARATE, "module": "attention"})
