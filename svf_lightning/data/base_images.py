@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from svf_lightning.data.episodes import EpochSampler, Transform
+from svf_lightning.data.episodes import EpochLoader, EpochSampler, Transform
 from svf_lightning.data.source import ImageIndex, Source
 from svf_lightning.data.transforms import Augment, Letterbox
 from svf_lightning.episode import BACKGROUND, IGNORE
@@ -115,10 +115,11 @@ class BaseDataModule(pl.LightningDataModule):
         return self._loader(self.val_set, shuffle=False)
 
     def _loader(self, images: BaseImages, shuffle: bool) -> DataLoader:
-        return DataLoader(
+        sampler = EpochSampler(len(images), self.seed, shuffle=shuffle)
+        return EpochLoader(
             images,
             batch_size=self.batch_size,
-            sampler=EpochSampler(len(images), self.seed, shuffle=shuffle),
+            sampler=sampler,
             drop_last=shuffle,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,

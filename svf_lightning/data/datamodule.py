@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from svf_lightning.backbones.backbone import IMAGENET_MEAN, IMAGENET_STD
 from svf_lightning.data.episode_list import read_list
-from svf_lightning.data.episodes import Draw, EpisodeDataset, EpochSampler, NovelImages, collate
+from svf_lightning.data.episodes import Draw, EpisodeDataset, EpochLoader, EpochSampler, NovelImages, collate
 from svf_lightning.data.folds import class_roles
 from svf_lightning.data.protocol import Protocol, digest
 from svf_lightning.data.source import ImageIndex, Source
@@ -201,7 +201,7 @@ class FewShotDataModule(pl.LightningDataModule):
     def _loader(self, dataset: EpisodeDataset, sampler: EpochSampler, **options: Any) -> DataLoader:
         # Nothing is seeded in the workers: episodes bring their own generators. Nor are their threads
         # limited here: torch gives a worker one.
-        return DataLoader(
+        return EpochLoader(
             dataset,
             sampler=sampler,
             num_workers=self.workers,

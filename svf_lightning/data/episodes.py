@@ -19,12 +19,12 @@ Source:
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, distributed
-from torch.utils.data import Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from svf_lightning.data.source import ImageIndex
 from svf_lightning.data.transforms import binary_mask
@@ -286,3 +286,14 @@ class EpochSampler(Sampler[tuple[int, int]]):
         rank, ranks = rank or 0, ranks or 1
         end = self.episodes // ranks * ranks if self.shuffle else self.episodes
         return range(rank, end, ranks)
+
+
+class EpochLoader(DataLoader):
+    """A DataLoader that asks its sampler for an epoch when the first batch is wanted, and not before.
+
+    A plain one hands its worker processes their first batches when it begins an iteration. Lightning begins
+    the first one before it says which epoch it is, so a resumed run would draw the episodes of epoch 0 again.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        yield from super().__iter__()

@@ -70,24 +70,42 @@ def count_trainable(model: nn.Module) -> dict[str, int]:
     }
 
 
-def checkpoints(folder: str | Path, selection: str, monitor: str = "val/miou") -> ModelCheckpoint:
-    """Lightning's ModelCheckpoint as a run needs it: last.ckpt, and best.ckpt where validation chooses.
+class RunCheckpoint(ModelCheckpoint):
+    """Write last.ckpt after every epoch, and best.ckpt where validation chooses.
+
+    Lightning saves its own "last" only beside another save, so a run that chooses nothing would have none
+    before its end. A new file is written beside the old one and renamed: at any moment one of them is whole.
 
     Args:
         folder: Where they go.
         selection: "last" chooses nothing; anything else keeps the weights with the highest ``monitor``.
         monitor: A logged score.
     """
-    chooses = selection != "last"
-    return ModelCheckpoint(
-        folder,
-        filename="best",
-        monitor=monitor if chooses else None,
-        mode="max",
-        save_top_k=int(chooses),
-        save_last=True,
-        enable_version_counter=False,
-    )
+
+    def __init__(self, folder: str | Path, selection: str, monitor: str = "val/miou") -> None:
+        chooses = selection != "last"
+        super().__init__(
+            folder,
+            filename="best",
+            monitor=monitor if chooses else None,
+            mode="max",
+            save_top_k=int(chooses),
+            enable_version_counter=False,
+        )
+        self.last = Path(folder) / "last.ckpt"
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.write_last(trainer)
+
+    def write_last(self, trainer: Trainer) -> None:
+        """Put the present state into last.ckpt."""
+        part = self.last.with_name("last.ckpt.part")
+        trainer.save_checkpoint(part, weights_only=False)
+        if trainer.is_global_zero:
+            part.replace(self.last)
+        trainer.strategy.barrier()
 
 
 class AfterSteps(Callback):

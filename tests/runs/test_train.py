@@ -1,9 +1,11 @@
 """The main job, as a user starts it, on the smallest data that has everything."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
 
 import evaluate
 from svf_lightning.analysis import tables
@@ -52,13 +54,14 @@ def test_only_singular_values_of_the_backbone_train(run, emoji_folder):
     assert all(key.endswith(".s") and key.startswith(("layer2", "layer3", "layer4")) for key in moved)
 
 
-def test_two_epochs_and_then_two_more_equal_four_bit_for_bit(train, tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_two_epochs_and_then_two_more_equal_four_bit_for_bit(train, tmp_path, workers):
     whole = train(tmp_path / "whole", "epochs=4", "test=false")
-    parts = train(tmp_path / "parts", "epochs=4", "trainer.max_epochs=2", "test=false")
+    parts = train(tmp_path / "parts", "epochs=4", "trainer.max_epochs=2", "test=false", f"workers={workers}")
     assert not all(
         torch.equal(a, b) for a, b in zip(weights(whole).values(), weights(parts).values(), strict=True)
     )
-    train(parts, "epochs=4", "resume=last", "test=false")
+    train(parts, "epochs=4", "resume=last", "test=false", f"workers={workers}")
     assert (parts / "csv" / "metrics-1.csv").exists()  # the curves of the first half are not lost
     ours, expected = weights(parts), weights(whole)
     assert ours.keys() == expected.keys()
@@ -246,3 +249,33 @@ def test_distributed_training_inside_a_sweep_is_refused():
     config = {"selection": "last", "shot": 1, "trainer": {"strategy": "ddp"}}
     with pytest.raises(ValueError, match="cannot run under -m"):
         check_values(config, multirun=True)
+
+
+class Looking(Callback):
+    """Look into the run's folder while it trains."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        last = self.folder / "last.ckpt"
+        steps.append(load_checkpoint(last)["global_step"] if last.exists() else None)
+
+
+steps: list[int | None] = []
+
+
+@pytest.mark.parametrize("selection", ["last", "novel"])
+def test_the_last_whole_epoch_is_on_disk_while_the_next_one_runs(train, tmp_path, selection):
+    steps.clear()
+    looking = f"{{_target_: tests.runs.test_train.Looking, folder: {tmp_path}/run/checkpoints}}"
+    train(
+        tmp_path / "run",
+        f"+callbacks.looking={looking}",
+        "epochs=3",
+        f"selection={selection}",
+        "test=false",
+    )
+    assert steps == [None, 2, 4]
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 6
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.part"))
