@@ -18,10 +18,11 @@ from PIL import Image
 from torch import Tensor
 
 from svf_lightning.data.coco import draw_label
-from svf_lightning.data.folder_layouts import Item, Listing, Problem, list_folder, read_text, same_name
+from svf_lightning.data.folder_layouts import list_folder
 from svf_lightning.data.folds import FOLDS, split_own_classes
 from svf_lightning.data.images import open_image, to_rgb, to_tensor
 from svf_lightning.data.index import fingerprint, load_counts, save_counts
+from svf_lightning.data.listing import Item, Listing, Problem, read_text, same_name
 from svf_lightning.data.masks import align, class_ids, displayed, drawn_mask, shrink
 from svf_lightning.data.source import ImageIndex, Split
 from svf_lightning.episode import FOREGROUND, IGNORE

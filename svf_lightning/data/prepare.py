@@ -1,25 +1,11 @@
 """From the archives that data sets are published as to the folders that training reads.
 
-Sources are archives (tar, compressed or not, and zip) or the folders they unpack to. Every file is written
-under another name and then renamed, and one that is there with its full size is not written again: so an
-interrupted start goes on where it stopped. The list of training images comes last; until then the data set
-counts as absent. Files of a folder are linked, not copied, where the file system can.
-
-Nothing is put where an archive says. Only file names that are looked for are taken, and only the last part
-of their path; so an archive cannot write outside of the folder it is unpacked to.
+The list of training images comes last; until then the data set counts as absent. Files of a folder are
+linked, not copied, where the file system can.
 """
 
-import hashlib
 import io
-import lzma
-import os
-import re
-import shutil
-import tarfile
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -27,24 +13,18 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from svf_lightning.data.archives import _write, check_archive, unpack, writing
 from svf_lightning.data.coco import ANNOTATIONS, Coco
 from svf_lightning.data.episodes import class_lists
 from svf_lightning.data.folds import FOLDS, PASCAL_CLASSES
 from svf_lightning.data.pascal import IMAGES, LABELS, LISTS, TRAIN_LIST, VAL_LIST, Pascal
 from svf_lightning.episode import IGNORE
 from svf_lightning.files import replace_file
-from svf_lightning.progress import Progress, track
-
-MEGABYTE = 2**20
-
-# Tars have no checksums of what is in them; files of a zip have, and `zipfile` compares them.
-MD5 = {
-    "VOCtrainval_11-May-2012.tar": "6cd6e144f989b92b3379bac3b3de84fd",
-    "benchmark.tgz": "82b4d87ceb2ed10f6038a1cba92111cb",
-}
 
 # Images in a fold's lists: training without images that show novel classes, training with them, test.
 PASCAL_FOLD_IMAGES = ((4208, 4760, 364), (3726, 4588, 445), (2752, 4097, 592), (4510, 5108, 336))
+
+
 COCO_IMAGES = {"2014": (82081, 40137), "2017": (117266, 4952)}  # with an object: training, test
 
 
@@ -58,15 +38,6 @@ class Count(NamedTuple):
     def __str__(self) -> str:
         differs = "as published" if self.found == self.published else f"DIFFERS: published {self.published}"
         return f"{self.what}: {self.found} images, {differs}"
-
-
-class Member(NamedTuple):
-    """A file of an archive or folder."""
-
-    name: str  # with folders, separated by /
-    size: int  # in bytes
-    read: Callable[[], bytes]
-    path: Path | None  # where it lies, if not in an archive
 
 
 def prepare_pascal(voc: str | Path, sbd: str | Path, out: str | Path) -> list[Count]:
@@ -92,7 +63,7 @@ def prepare_pascal(voc: str | Path, sbd: str | Path, out: str | Path) -> list[Co
     _require_scipy()
     voc, sbd, out = Path(voc), Path(sbd), Path(out)
     for source in (voc, sbd):
-        _check_archive(source)
+        check_archive(source)
     from_voc = {
         r"JPEGImages/[^/.]+\.jpg": IMAGES,
         r"SegmentationClass/[^/.]+\.png": LABELS,
@@ -100,9 +71,9 @@ def prepare_pascal(voc: str | Path, sbd: str | Path, out: str | Path) -> list[Co
         r"ImageSets/Main/train\.txt": "ImageSets/Main",
     }
     expected = "VOCtrainval_11-May-2012.tar, or the folder VOC2012 in it"
-    taken = _unpack(voc, from_voc, out, expected=expected)
+    taken = unpack(voc, from_voc, out, expected=expected)
     own_labels = {Path(name).stem for name in taken if name.endswith(".png")}
-    segmented = _unpack(
+    segmented = unpack(
         sbd,
         {r"cls/[^/.]+\.mat": LABELS},
         out,
@@ -125,7 +96,7 @@ def prepare_pascal(voc: str | Path, sbd: str | Path, out: str | Path) -> list[Co
                     "Fetch it again and repeat the command; what is unpacked stays"
                 )
     lines = "".join(f"{IMAGES}/{i}.jpg {LABELS}/{i}.png\n" for i in merged)
-    with _writing(out):
+    with writing(out):
         replace_file(out / TRAIN_LIST, partial(_write, lines.encode()))
     return [
         Count("VOC 2012 train", len(train), 1464),
@@ -156,15 +127,13 @@ def prepare_coco(
     """
     out, source = Path(out), Coco(out, year)
     for path in (*images, *annotations):
-        _check_archive(Path(path))
+        check_archive(Path(path))
     for path in annotations:
         wanted = {rf"instances_(train|val){year}\.json": ANNOTATIONS}
-        _unpack(
-            Path(path), wanted, out, expected=f"annotations_trainval{year}.zip, or instances_*{year}.json"
-        )
+        unpack(Path(path), wanted, out, expected=f"annotations_trainval{year}.zip, or instances_*{year}.json")
     for path in images:
         wanted = {rf"{name}/[^/.]+\.jpg": name for name in (f"train{year}", f"val{year}")}
-        _unpack(
+        unpack(
             Path(path), wanted, out, expected=f"train{year}.zip or val{year}.zip, or a folder of that name"
         )
     source.prepare()
@@ -228,179 +197,3 @@ def _read_ids(path: Path) -> list[str]:
         name = path.relative_to(path.parents[2])
         raise ValueError(f"there is no {name} in the VOC source: use VOCtrainval_11-May-2012.tar, all of it")
     return [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
-def _check_archive(source: Path) -> None:
-    """Refuse a source that is not there, and an archive of a known name that is not the published one."""
-    if not source.exists():
-        raise FileNotFoundError(f"{source} is missing: give the archive, or the folder that it unpacks to")
-    if source.name not in MD5 or source.is_dir():
-        return
-    digest = hashlib.md5(usedforsecurity=False)
-    with _reading(source), source.open("rb") as file:
-        blocks = iter(lambda: file.read(MEGABYTE), b"")
-        for block in track(blocks, f"checking {source.name}", source.stat().st_size // MEGABYTE, "MB"):
-            digest.update(block)
-    if digest.hexdigest() != MD5[source.name]:
-        raise ValueError(
-            f"{source} is not the published file (MD5 {digest.hexdigest()} instead of {MD5[source.name]}): "
-            "fetch it again; or, to use it as it is, unpack it and give the folder"
-        )
-
-
-def _unpack(
-    source: Path,
-    wanted: dict[str, str],
-    out: Path,
-    *,
-    expected: str,
-    convert: Callable[[bytes], bytes] | None = None,
-    ending: str | None = None,
-    skip: set[str] | None = None,
-) -> list[str]:
-    """Put files of an archive or folder where they belong; those that are there already stay.
-
-    Args:
-        source: The archive or folder.
-        wanted: Patterns of the last parts of a file's path, and the folder in ``out`` that such files go to.
-        out: The folder to fill.
-        expected: What ``source`` should be; for the message if it holds nothing of the kind.
-        convert: Makes another content of what was read.
-        ending: Replaces the ending of the file's name.
-        skip: Names, without ending, of files to leave alone.
-
-    Returns:
-        The paths in ``source`` of all files that are wanted, skipped or not.
-    """
-    patterns = [(re.compile(rf"(?:^|/)({pattern})$"), out / folder) for pattern, folder in wanted.items()]
-    taken: dict[Path, str] = {}
-    bad: list[str] = []
-    with _reading(source):
-        for member in _members(source):
-            folder = next((folder for pattern, folder in patterns if pattern.search(member.name)), None)
-            if folder is None:
-                continue
-            target = folder / Path(member.name).name
-            target = target if ending is None else target.with_suffix(ending)
-            if target in taken:
-                raise ValueError(
-                    f"{source} holds both {taken[target]} and {member.name}: give {expected}, and that alone"
-                )
-            taken[target] = member.name
-            if target.stem not in (skip or ()) and (reason := _place(member, target, out, convert)):
-                bad.append(f"{member.name} cannot be used: {reason}")
-    if bad:
-        others = f" (and {len(bad) - 1} more of {len(taken)} files)" if len(bad) > 1 else ""
-        raise ValueError(
-            f"{source}: {bad[0]}{others}: fetch it again and repeat the command; the {len(taken) - len(bad)} "
-            "others are in place"
-        )
-    if not taken:
-        looked_for = " or ".join(wanted).replace("[^/.]+", "*").replace("\\.", ".")
-        raise ValueError(f"{source} holds no {looked_for}: give {expected}")
-    return list(taken.values())
-
-
-def _place(member: Member, target: Path, out: Path, convert: Callable[[bytes], bytes] | None) -> str | None:
-    """Write one file, unless it is there. Says why, if its content cannot be used."""
-    if target.is_file() and (convert is not None or target.stat().st_size == member.size):
-        return None
-    with _writing(out):
-        target.parent.mkdir(parents=True, exist_ok=True)
-    if convert is None and member.path is not None:
-        with _writing(out):
-            replace_file(target, partial(_link, member.path))
-        return None
-    content = member.read()
-    if convert is not None:
-        try:
-            content = convert(content)
-        except ValueError as error:
-            return str(error)
-    with _writing(out):
-        replace_file(target, partial(_write, content))
-    return None
-
-
-def _link(path: Path, target: Path) -> None:
-    try:
-        os.link(path, target)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(path, target)
-
-
-def _write(content: bytes, path: Path) -> None:
-    path.write_bytes(content)
-
-
-def _members(source: Path) -> Iterator[Member]:
-    """The files of an archive, in its order, or of a folder; shows how far it is.
-
-    A folder's own name is part of the paths, as it would be in an archive of it.
-    """
-    text = f"unpacking {source.name}"
-    if source.is_dir():
-        files = list(_files(source.resolve()))
-        yield from track(files, text, len(files), "files")
-    elif zipfile.is_zipfile(source):
-        with zipfile.ZipFile(source) as archive:
-            entries = [entry for entry in archive.infolist() if not entry.is_dir()]
-            for entry in track(entries, text, len(entries), "files"):
-                yield Member(entry.filename, entry.file_size, partial(archive.read, entry), None)
-    elif source.suffix == ".json":
-        yield Member(source.name, source.stat().st_size, source.read_bytes, source)
-    else:
-        progress = Progress(text, source.stat().st_size // MEGABYTE, "MB", transient=True)
-        with source.open("rb") as file, tarfile.open(fileobj=file) as tar, progress:
-            for info in tar:
-                if info.isfile():  # neither folders nor links
-                    yield Member(info.name, info.size, partial(_extract, tar, info), None)
-                progress.advance(file.tell() // MEGABYTE - progress.done)
-
-
-def _files(folder: Path) -> Iterator[Member]:
-    def refuse(error: OSError) -> None:
-        raise error
-
-    for base, _, names in os.walk(folder, onerror=refuse):
-        for name in names:
-            path = Path(base, name)
-            inner = path.relative_to(folder.parent).as_posix()
-            yield Member(inner, path.stat().st_size, path.read_bytes, path)
-
-
-def _extract(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(info)
-    assert file is not None  # only links and folders have none
-    return file.read()
-
-
-@contextmanager
-def _reading(source: Path) -> Iterator[None]:
-    """Say what to do about an archive that cannot be read."""
-    again = "fetch it again and repeat the command; what is unpacked stays"
-    try:
-        yield
-    except PermissionError as error:
-        raise ValueError(
-            f"{error.filename or source} may not be read (permission denied): allow it with `chmod u+r`"
-        ) from None
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
-        if source.is_file() and not source.stat().st_size:
-            raise ValueError(f"{source} is empty, 0 bytes: fetch it again") from None
-        reason = str(error) or type(error).__name__
-        if "could not be opened" in reason:  # tarfile then tells how it tried each compression
-            reason = "neither tar nor zip"
-        raise ValueError(f"{source} is cut short, damaged or no archive ({reason}): {again}") from None
-
-
-@contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    """Say what to do about a folder that cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(
-            f"{out} cannot be written ({error.strerror or error}): make room or name another folder, and "
-            "repeat the command; what is there stays"
-        ) from None

@@ -14,8 +14,9 @@ from svf_lightning.analysis.overlays import Row, class_colour, contact_sheet, ti
 from svf_lightning.data.coco import YEARS, Coco
 from svf_lightning.data.emoji import MARKER, Emoji
 from svf_lightning.data.folder import examine, read_item
-from svf_lightning.data.folder_layouts import LAYOUTS, Problem, list_folder, printable
+from svf_lightning.data.folder_layouts import list_folder
 from svf_lightning.data.fss1000 import Fss1000
+from svf_lightning.data.listing import LAYOUTS, Problem, printable
 from svf_lightning.data.masks import shrink
 from svf_lightning.data.pascal import IMAGES, Pascal
 from svf_lightning.data.source import Source

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from svf_lightning.data.folder_layouts import image_files, printable
+from svf_lightning.data.listing import image_files, printable
 from svf_lightning.files import replace_file, write_whole
 from svf_lightning.own_images.predict import FewShotPredictor, Segmentation
 from svf_lightning.progress import Progress

@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 from svf_lightning.data.folder import read_item
-from svf_lightning.data.folder_layouts import image_files, list_folder, pair_masks
+from svf_lightning.data.folder_layouts import list_folder, pair_masks
 from svf_lightning.data.images import open_image, to_rgb
+from svf_lightning.data.listing import image_files
 from svf_lightning.data.masks import align, displayed, drawn_mask
 from svf_lightning.data.transforms import binary_mask
 

@@ -65,9 +65,8 @@ def check(config):
 def test_a_choice_composes_and_names_code_that_takes_its_arguments(file):
     group, name = file.split("/")
     choice = [f"{group}={name}"]
-    if group == "recipe" and name != "paper":  # train.yaml picks it by data set and model
-        data, model = name.split("_", 1)
-        choice = [f"data={data}", f"model={model}"]
+    if group == "recipe" and name != "paper":  # train.yaml picks it by the data set
+        choice = [f"data={name}"]
     found = check(composed(*choice, *NEEDS.get(file, [])))
     assert {"data", "data.source", "backbone", "model", "model.network", "finetune", "trainer"} <= set(found)
 
@@ -180,3 +179,16 @@ def test_an_experiment_says_its_command_its_published_numbers_and_their_source(n
         values = [float(value) for value in folds.split()]
         assert len(values) == 4
         assert sum(values) / 4 == pytest.approx(float(mean), abs=0.06)  # CyCTR's row is off by 0.05 in print
+
+
+@pytest.mark.parametrize("data", ["emoji", "folder"])
+@pytest.mark.parametrize("model", [path.stem for path in sorted((CONF / "model").glob("*.yaml"))])
+def test_every_method_gets_the_short_recipe_on_emoji_and_own_images_unless_asked_otherwise(data, model):
+    short = composed(f"data={data}", f"model={model}")
+    check(short)
+    epochs = {"matcher": 0, "bam": 3}.get(model, 6)
+    assert short["epochs"] == (epochs if data == "emoji" or not epochs else 4)
+    assert short["model"]["optimizer"] == "adamw"
+    assert short["selection"] == "last"
+    paper = composed(f"data={data}", f"model={model}", "recipe=paper")
+    assert paper["epochs"] == {"matcher": 0, "hsnet": 2000}.get(model, 200)
