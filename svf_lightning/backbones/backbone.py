@@ -109,7 +109,7 @@ def _weigh(state: Tensor | tuple[Tensor, ...], mask: Tensor) -> Tensor | tuple[T
 
 
 @torch.no_grad()
-def kaiming_init(module: nn.Module) -> None:
+def kaiming_fan_out_(module: nn.Module) -> None:
     """Start the convolutions of ``module`` as ResNet and VGG do: normal, by fan-out, no bias."""
     for conv in module.modules():
         if isinstance(conv, nn.Conv2d):

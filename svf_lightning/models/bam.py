@@ -35,11 +35,11 @@ from torch import Tensor, nn
 from svf_lightning.backbones.backbone import Backbone
 from svf_lightning.episode import Episode, Prediction
 from svf_lightning.models.blocks import (
-    ASPP,
+    add_meta_head,
+    check_options,
     compare,
-    conv_relu,
     foreground,
-    init_kaiming,
+    meta_logits,
     one_batch,
     resize,
 )
@@ -79,6 +79,10 @@ class BAM(nn.Module):
         Lang et al., CVPR 2022, section 4.
     """
 
+    any_shot = False  # weighs the shots that it was trained for
+    down_query: nn.Module
+    down_supp: nn.Module
+
     def __init__(
         self,
         backbone: Backbone,
@@ -96,14 +100,7 @@ class BAM(nn.Module):
         super().__init__()
         stages = dict(backbone.named_children())
         own = sorted({name.split(".")[0] for name in own_stages})
-        if shot < 1:
-            raise ValueError(f"shot must be 1 or more, got {shot}")
-        if grid not in ("layer2", "layer3"):
-            raise ValueError(f"grid must be 'layer2' or 'layer3', got {grid!r}")
-        if not prior_stages or not set(prior_stages) <= {2, 3, 4}:
-            raise ValueError(f"prior_stages must be some of 2, 3 and 4, got {list(prior_stages)}")
-        if init not in ("default", "kaiming"):
-            raise ValueError(f"init must be 'default' or 'kaiming', got {init!r}")
+        check_options(shot, grid, prior_stages, init)
         if not set(own) <= set(stages):
             raise ValueError(f"own_stages must be some of {', '.join(stages)}; got {list(own_stages)}")
         self.backbone = backbone
@@ -121,23 +118,7 @@ class BAM(nn.Module):
             for name in own:
                 self.base_backbone.get_submodule(name).requires_grad_(False)
 
-        middle = backbone.channels[3] + backbone.channels[2]
-        self.down_query = nn.Sequential(*conv_relu(middle, channels), nn.Dropout2d(dropout))
-        self.down_supp = nn.Sequential(*conv_relu(middle, channels), nn.Dropout2d(dropout))
-        self.init_merge = nn.Sequential(*conv_relu(2 * channels + len(self.prior_stages), channels))
-        self.ASPP_meta = ASPP(channels)
-        self.res1_meta = nn.Sequential(*conv_relu(5 * channels, channels))
-        self.res2_meta = nn.Sequential(*conv_relu(channels, channels, 3), *conv_relu(channels, channels, 3))
-        self.cls_meta = nn.Sequential(
-            *conv_relu(channels, channels, 3), nn.Dropout2d(0.1), nn.Conv2d(channels, 2, 1)
-        )
-        if init == "kaiming":
-            init_kaiming(
-                *(self.down_query, self.down_supp, self.init_merge, self.ASPP_meta),
-                *(self.res1_meta, self.res2_meta, self.cls_meta[0]),
-            )
-            nn.init.normal_(self.cls_meta.get_parameter("3.weight"), std=0.01)  # begins undecided
-
+        add_meta_head(self, backbone, channels, dropout, len(self.prior_stages), init)
         self.gram_merge = _keep_the_first()
         self.cls_merge = _keep_the_first()
         if shot > 1:
@@ -191,14 +172,11 @@ class BAM(nn.Module):
         differences = differences.to(self.gram_merge.weight.dtype)  # (B, K)
         weights = self.shot_weights(differences)  # (B, K)
         adjustment = (weights * differences).sum(dim=1)[:, None, None, None]  # psi, (B, 1, 1, 1)
-        prototype = torch.einsum("bk,bkc->bc", weights, prototypes)[:, :, None, None]
+        prototype = torch.einsum("bk,bkc->bc", weights, prototypes)
         prior = torch.einsum("bk,bkshw->bshw", weights, priors)
 
         # "Meta Learner"
-        x = self.init_merge(torch.cat([query, prototype.expand_as(query), prior], dim=1))
-        x = self.res1_meta(self.ASPP_meta(x))
-        x = self.res2_meta(x) + x
-        meta = self.cls_meta(x)  # (B, 2, h, w)
+        meta = meta_logits(self, query, prototype, prior)  # (B, 2, h, w)
 
         # "Base Learner"
         with torch.no_grad():

@@ -28,11 +28,11 @@ from torch import nn
 from svf_lightning.backbones.backbone import Backbone
 from svf_lightning.episode import Episode, Prediction
 from svf_lightning.models.blocks import (
-    ASPP,
+    add_meta_head,
+    check_options,
     compare,
-    conv_relu,
     foreground,
-    init_kaiming,
+    meta_logits,
     one_batch,
     resize,
 )
@@ -63,6 +63,9 @@ class Baseline(nn.Module):
         Sun et al., NeurIPS 2022, section 4.1 and supplement.
     """
 
+    down_query: nn.Module
+    down_supp: nn.Module
+
     def __init__(
         self,
         backbone: Backbone,
@@ -79,36 +82,15 @@ class Baseline(nn.Module):
         super().__init__()
         if shot_reduction not in ("sum", "mean"):
             raise ValueError(f"shot_reduction must be 'sum' or 'mean', got {shot_reduction!r}")
-        if grid not in ("layer2", "layer3"):
-            raise ValueError(f"grid must be 'layer2' or 'layer3', got {grid!r}")
-        if not prior_stages or not set(prior_stages) <= {2, 3, 4}:
-            raise ValueError(f"prior_stages must be some of 2, 3 and 4, got {list(prior_stages)}")
-        if init not in ("default", "kaiming"):
-            raise ValueError(f"init must be 'default' or 'kaiming', got {init!r}")
-        if shot < 1:
-            raise ValueError(f"shot must be 1 or more, got {shot}")
+        check_options(shot, grid, prior_stages, init)
         self.backbone = backbone
         self.shot = shot
         self.shot_reduction = shot_reduction
+        self.any_shot = shot_reduction == "mean"
         self.grid = grid
         self.prior_stages = tuple(prior_stages)
 
-        middle = backbone.channels[3] + backbone.channels[2]
-        self.down_query = nn.Sequential(*conv_relu(middle, channels), nn.Dropout2d(dropout))
-        self.down_supp = nn.Sequential(*conv_relu(middle, channels), nn.Dropout2d(dropout))
-        self.init_merge = nn.Sequential(*conv_relu(2 * channels + len(prior_stages), channels))
-        self.ASPP_meta = ASPP(channels)
-        self.res1_meta = nn.Sequential(*conv_relu(5 * channels, channels))
-        self.res2_meta = nn.Sequential(*conv_relu(channels, channels, 3), *conv_relu(channels, channels, 3))
-        self.cls_meta = nn.Sequential(
-            *conv_relu(channels, channels, 3), nn.Dropout2d(0.1), nn.Conv2d(channels, 2, 1)
-        )
-        if init == "kaiming":
-            init_kaiming(
-                *(self.down_query, self.down_supp, self.init_merge, self.ASPP_meta),
-                *(self.res1_meta, self.res2_meta, self.cls_meta[0]),
-            )
-            nn.init.normal_(self.cls_meta.get_parameter("3.weight"), std=0.01)  # begins undecided
+        add_meta_head(self, backbone, channels, dropout, len(self.prior_stages), init)
         self.down_query.requires_grad_(train_down_query)
 
     def forward(self, episode: Episode) -> Prediction:
@@ -124,7 +106,7 @@ class Baseline(nn.Module):
             ValueError: If the episode's shots are not those that a summing head was trained for.
         """
         shots = episode.support_images.shape[1]
-        if shots != self.shot and self.shot_reduction == "sum":
+        if shots != self.shot and not self.any_shot:
             raise ValueError(
                 f"this head sums over {self.shot} shot(s) and got {shots}; train it with shot={shots}, "
                 "or with model.network.shot_reduction=mean, which fits any number of shots"
@@ -141,9 +123,5 @@ class Baseline(nn.Module):
         )  # (B, C, h, w), (B, K, C), (B, K, stages, h, w)
 
         reduce = torch.sum if self.shot_reduction == "sum" else torch.mean
-        prototype = reduce(prototypes, dim=1)[:, :, None, None].expand_as(query)
-        x = self.init_merge(torch.cat([query, prototype, reduce(priors, dim=1)], dim=1))
-
-        x = self.res1_meta(self.ASPP_meta(x))
-        x = self.res2_meta(x) + x
-        return Prediction(resize(self.cls_meta(x), episode.query_image.shape[-2:]))
+        logits = meta_logits(self, query, reduce(prototypes, dim=1), reduce(priors, dim=1))
+        return Prediction(resize(logits, episode.query_image.shape[-2:]))

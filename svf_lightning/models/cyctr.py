@@ -36,9 +36,10 @@ from svf_lightning.backbones.backbone import Backbone
 from svf_lightning.episode import IGNORE, Episode, Prediction
 from svf_lightning.models.blocks import (
     PAIRS_AT_ONCE,
+    check_options,
     conv_relu,
     foreground,
-    init_kaiming,
+    kaiming_fan_in_,
     masked_average_pool,
     one_batch,
     prior_mask,
@@ -395,6 +396,8 @@ class CyCTR(nn.Module):
         Zhang et al., NeurIPS 2021, section 3.
     """
 
+    any_shot = True  # supports are tokens, however many
+
     def __init__(
         self,
         backbone: Backbone,
@@ -412,14 +415,9 @@ class CyCTR(nn.Module):
         super().__init__()
         if sampling not in ("aligned", "official"):
             raise ValueError(f"sampling must be 'aligned' or 'official', got {sampling!r}")
-        if grid not in ("layer2", "layer3"):
-            raise ValueError(f"grid must be 'layer2' or 'layer3', got {grid!r}")
-        if not prior_stages or not set(prior_stages) <= {2, 3, 4}:
-            raise ValueError(f"prior_stages must be some of 2, 3 and 4, got {list(prior_stages)}")
+        check_options(shot, grid, prior_stages, init)
         if channels % 4 or channels % heads:
             raise ValueError(f"channels must be divisible by 4 and by heads={heads}, got {channels}")
-        if init not in ("default", "kaiming"):
-            raise ValueError(f"init must be 'default' or 'kaiming', got {init!r}")
         if tokens_per_shot < 2:
             raise ValueError(f"tokens_per_shot must be 2 or more, got {tokens_per_shot}")
         self.backbone = backbone
@@ -446,7 +444,7 @@ class CyCTR(nn.Module):
         )
         self.supp_cls = _classifier(channels)
         if init == "kaiming":
-            init_kaiming(*(m for n, m in self.named_children() if n not in ("backbone", "transformer")))
+            kaiming_fan_in_(*(m for n, m in self.named_children() if n not in ("backbone", "transformer")))
             for classifier in (self.cls, self.supp_cls):
                 nn.init.normal_(classifier.get_parameter("3.weight"), std=0.01)
 

@@ -26,7 +26,15 @@ from torch.nn import functional as F
 
 from svf_lightning.backbones.backbone import Backbone
 from svf_lightning.episode import Episode, Prediction
-from svf_lightning.models.blocks import compare, conv_relu, foreground, init_kaiming, one_batch, resize
+from svf_lightning.models.blocks import (
+    check_options,
+    compare,
+    conv_relu,
+    foreground,
+    kaiming_fan_in_,
+    one_batch,
+    resize,
+)
 
 
 class PFENet(nn.Module):
@@ -55,6 +63,8 @@ class PFENet(nn.Module):
         Tian et al., TPAMI 2020, sections 4.2 (prior) and 4.3 (feature enrichment).
     """
 
+    any_shot = True  # averages over them
+
     def __init__(
         self,
         backbone: Backbone,
@@ -69,20 +79,13 @@ class PFENet(nn.Module):
         init: str = "default",
     ) -> None:
         super().__init__()
-        if shot < 1:
-            raise ValueError(f"shot must be 1 or more, got {shot}")
+        check_options(shot, grid, prior_stages, init)
         if not bins or any(b <= 0 or (b > 1 and b != int(b)) for b in bins):
             raise ValueError(
                 f"bins must be whole numbers above 1 or fractions above 0, and at least one; got {list(bins)}"
             )
-        if grid not in ("layer2", "layer3"):
-            raise ValueError(f"grid must be 'layer2' or 'layer3', got {grid!r}")
-        if not prior_stages or not set(prior_stages) <= {2, 3, 4}:
-            raise ValueError(f"prior_stages must be some of 2, 3 and 4, got {list(prior_stages)}")
         if batch_norm not in ("fixed", "batch"):
             raise ValueError(f"batch_norm must be 'fixed' or 'batch', got {batch_norm!r}")
-        if init not in ("default", "kaiming"):
-            raise ValueError(f"init must be 'default' or 'kaiming', got {init!r}")
         self.backbone = backbone
         self.shot = shot
         self.bins = tuple(bins)
@@ -103,7 +106,7 @@ class PFENet(nn.Module):
         self.res2 = _two_convolutions(channels)
         self.cls = _classifier(channels)
         if init == "kaiming":
-            init_kaiming(*(module for name, module in self.named_children() if name != "backbone"))
+            kaiming_fan_in_(*(module for name, module in self.named_children() if name != "backbone"))
             for classifier in (*self.inner_cls, self.cls):
                 nn.init.normal_(classifier.get_parameter("3.weight"), std=0.01)  # begins undecided
 

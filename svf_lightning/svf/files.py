@@ -6,11 +6,9 @@ the same order, so a file also says what it was trained on:
 
 - the SHA-256 of every frozen tensor of the backbone that no factor touches, names included;
 - per singular value one half-precision number that depends on its two directions but not on their common
-  sign, which the decomposition leaves open. Values that are equal, or zero, have no directions of their own,
-  and another machine may find others; this number shows that, too.
+  sign, which the decomposition leaves open. It also shows where equal or zero values got other directions.
 
-A file does not fit other base weights, and loading it onto them is an error that names both. Files that do
-fit the same base weights can be mixed: their values are, by linearity, mixtures of kernels.
+Loading a file onto other base weights is an error that names both. Files for the same ones can be mixed.
 """
 
 import hashlib
