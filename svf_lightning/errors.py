@@ -15,14 +15,19 @@ def one_line_errors(function: Callable[P, R]) -> Callable[P, R]:
 
     That is ValueError and OSError, which the package raises at its borders (configuration values,
     files, shapes), and what Hydra raises about overrides. ``SVF_TRACEBACK=1`` shows the whole
-    traceback instead.
+    traceback instead. A pipe that closes ends the program quietly.
     """
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # or Hydra prints and exits before we can
         try:
-            return function(*args, **kwargs)
+            result = function(*args, **kwargs)
+            sys.stdout.flush()  # or a closed pipe would be found only when the interpreter ends
+            return result
+        except BrokenPipeError:  # whoever read the output has gone, as `| head` does: that is no error
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
         except Exception as error:
             message = _of_configuration(error)
             if message is None and isinstance(error, (ValueError, OSError)):

@@ -66,7 +66,6 @@ def predict_files(
     *,
     failed: Mapping[str, str] | None = None,
     probabilities: bool = False,
-    about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Segment files and write all results.
 
@@ -84,7 +83,6 @@ def predict_files(
         output: The folder to write.
         failed: What is known to be missing, with the reason.
         probabilities: Write them, too.
-        about: Put into ``predictions.json`` as it is.
 
     Returns:
         The content of ``predictions.json``.
@@ -97,7 +95,6 @@ def predict_files(
     except OSError as error:
         raise ValueError(f"output={output} cannot be made ({error.strerror}): name another folder") from None
     report: dict[str, Any] = {
-        **(about or {}),
         "classes": {str(c): name for c, name in enumerate(predictor.class_names, start=1)},
         "supports": {name: len(images) for name, (images, _) in predictor.supports.items()},
         "images": [],
