@@ -109,8 +109,8 @@ def _weigh(state: Tensor | tuple[Tensor, ...], mask: Tensor) -> Tensor | tuple[T
 
 
 @torch.no_grad()
-def kaiming_init(module: nn.Module) -> None:
-    """Start the convolutions of ``module`` as ResNet and VGG do: normal, by fan-out, no bias."""
+def kaiming_fan_out_(module: nn.Module) -> None:
+    """Start convolutions as ResNet and VGG do: gradients keep their size on the way back; biases at zero."""
     for conv in module.modules():
         if isinstance(conv, nn.Conv2d):
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")

@@ -12,7 +12,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from svf_lightning.backbones.backbone import Backbone, kaiming_init
+from svf_lightning.backbones.backbone import Backbone, kaiming_fan_out_
 from svf_lightning.backbones.weights import download, load_exactly, read_state_dict
 
 Stem = Literal["deep", "plain"]
@@ -80,7 +80,7 @@ def _resnet(depth: int, weights: str | Path | None, stem: Stem, dilation: Dilati
         first.conv1 = nn.Conv2d(128, 64, 1, bias=False)
         first.downsample[0] = nn.Conv2d(128, 256, 1, bias=False)
         for replaced in (first.conv1, first.downsample):
-            kaiming_init(replaced)
+            kaiming_fan_out_(replaced)
     backbone = Backbone(
         stages=(layer0, trunk.layer1, trunk.layer2, trunk.layer3, trunk.layer4),
         channels=(128 if stem == "deep" else 64, 256, 512, 1024, 2048),
@@ -98,7 +98,7 @@ def _deep_stem() -> nn.Sequential:
         conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
         layers += [conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
     stem = nn.Sequential(*layers, nn.MaxPool2d(3, stride=2, padding=1))
-    kaiming_init(stem)
+    kaiming_fan_out_(stem)
     return stem
 
 

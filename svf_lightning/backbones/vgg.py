@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from svf_lightning.backbones.backbone import Backbone, kaiming_init
+from svf_lightning.backbones.backbone import Backbone, kaiming_fan_out_
 from svf_lightning.backbones.weights import download, load_exactly, read_state_dict
 
 # Output channels of the 3x3 convolutions, stage by stage.
@@ -42,7 +42,7 @@ def vgg16(weights: str | Path | None = None, batch_norm: bool = True, ceil_mode:
         stages.append(nn.Sequential(*layers))
     backbone = Backbone(stages, channels=(64, 128, 256, 512, 512), strides=(2, 4, 8, 16, 16))
     if weights is None:
-        kaiming_init(backbone)
+        kaiming_fan_out_(backbone)
     else:
         state = _torchvision_weights(batch_norm) if weights == "torchvision" else _read(weights, batch_norm)
         load_exactly(backbone, in_stages(state), weights)

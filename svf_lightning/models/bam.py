@@ -34,15 +34,7 @@ from torch import Tensor, nn
 
 from svf_lightning.backbones.backbone import Backbone
 from svf_lightning.episode import Episode, Prediction
-from svf_lightning.models.blocks import (
-    ASPP,
-    compare,
-    conv_relu,
-    foreground,
-    init_kaiming,
-    one_batch,
-    resize,
-)
+from svf_lightning.models.blocks import check_options, compare, foreground, meta_learner, one_batch, resize
 
 
 class Outputs(NamedTuple):
@@ -96,14 +88,7 @@ class BAM(nn.Module):
         super().__init__()
         stages = dict(backbone.named_children())
         own = sorted({name.split(".")[0] for name in own_stages})
-        if shot < 1:
-            raise ValueError(f"shot must be 1 or more, got {shot}")
-        if grid not in ("layer2", "layer3"):
-            raise ValueError(f"grid must be 'layer2' or 'layer3', got {grid!r}")
-        if not prior_stages or not set(prior_stages) <= {2, 3, 4}:
-            raise ValueError(f"prior_stages must be some of 2, 3 and 4, got {list(prior_stages)}")
-        if init not in ("default", "kaiming"):
-            raise ValueError(f"init must be 'default' or 'kaiming', got {init!r}")
+        check_options(grid, prior_stages, init, shot)
         if not set(own) <= set(stages):
             raise ValueError(f"own_stages must be some of {', '.join(stages)}; got {list(own_stages)}")
         self.backbone = backbone
@@ -122,21 +107,15 @@ class BAM(nn.Module):
                 self.base_backbone.get_submodule(name).requires_grad_(False)
 
         middle = backbone.channels[3] + backbone.channels[2]
-        self.down_query = nn.Sequential(*conv_relu(middle, channels), nn.Dropout2d(dropout))
-        self.down_supp = nn.Sequential(*conv_relu(middle, channels), nn.Dropout2d(dropout))
-        self.init_merge = nn.Sequential(*conv_relu(2 * channels + len(self.prior_stages), channels))
-        self.ASPP_meta = ASPP(channels)
-        self.res1_meta = nn.Sequential(*conv_relu(5 * channels, channels))
-        self.res2_meta = nn.Sequential(*conv_relu(channels, channels, 3), *conv_relu(channels, channels, 3))
-        self.cls_meta = nn.Sequential(
-            *conv_relu(channels, channels, 3), nn.Dropout2d(0.1), nn.Conv2d(channels, 2, 1)
-        )
-        if init == "kaiming":
-            init_kaiming(
-                *(self.down_query, self.down_supp, self.init_merge, self.ASPP_meta),
-                *(self.res1_meta, self.res2_meta, self.cls_meta[0]),
-            )
-            nn.init.normal_(self.cls_meta.get_parameter("3.weight"), std=0.01)  # begins undecided
+        (
+            self.down_query,
+            self.down_supp,
+            self.init_merge,
+            self.ASPP_meta,
+            self.res1_meta,
+            self.res2_meta,
+            self.cls_meta,
+        ) = meta_learner(middle, channels, len(prior_stages), dropout, init)
 
         self.gram_merge = _keep_the_first()
         self.cls_merge = _keep_the_first()

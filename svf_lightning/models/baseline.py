@@ -27,15 +27,7 @@ from torch import nn
 
 from svf_lightning.backbones.backbone import Backbone
 from svf_lightning.episode import Episode, Prediction
-from svf_lightning.models.blocks import (
-    ASPP,
-    compare,
-    conv_relu,
-    foreground,
-    init_kaiming,
-    one_batch,
-    resize,
-)
+from svf_lightning.models.blocks import check_options, compare, foreground, meta_learner, one_batch, resize
 
 
 class Baseline(nn.Module):
@@ -79,14 +71,7 @@ class Baseline(nn.Module):
         super().__init__()
         if shot_reduction not in ("sum", "mean"):
             raise ValueError(f"shot_reduction must be 'sum' or 'mean', got {shot_reduction!r}")
-        if grid not in ("layer2", "layer3"):
-            raise ValueError(f"grid must be 'layer2' or 'layer3', got {grid!r}")
-        if not prior_stages or not set(prior_stages) <= {2, 3, 4}:
-            raise ValueError(f"prior_stages must be some of 2, 3 and 4, got {list(prior_stages)}")
-        if init not in ("default", "kaiming"):
-            raise ValueError(f"init must be 'default' or 'kaiming', got {init!r}")
-        if shot < 1:
-            raise ValueError(f"shot must be 1 or more, got {shot}")
+        check_options(grid, prior_stages, init, shot)
         self.backbone = backbone
         self.shot = shot
         self.shot_reduction = shot_reduction
@@ -94,21 +79,15 @@ class Baseline(nn.Module):
         self.prior_stages = tuple(prior_stages)
 
         middle = backbone.channels[3] + backbone.channels[2]
-        self.down_query = nn.Sequential(*conv_relu(middle, channels), nn.Dropout2d(dropout))
-        self.down_supp = nn.Sequential(*conv_relu(middle, channels), nn.Dropout2d(dropout))
-        self.init_merge = nn.Sequential(*conv_relu(2 * channels + len(prior_stages), channels))
-        self.ASPP_meta = ASPP(channels)
-        self.res1_meta = nn.Sequential(*conv_relu(5 * channels, channels))
-        self.res2_meta = nn.Sequential(*conv_relu(channels, channels, 3), *conv_relu(channels, channels, 3))
-        self.cls_meta = nn.Sequential(
-            *conv_relu(channels, channels, 3), nn.Dropout2d(0.1), nn.Conv2d(channels, 2, 1)
-        )
-        if init == "kaiming":
-            init_kaiming(
-                *(self.down_query, self.down_supp, self.init_merge, self.ASPP_meta),
-                *(self.res1_meta, self.res2_meta, self.cls_meta[0]),
-            )
-            nn.init.normal_(self.cls_meta.get_parameter("3.weight"), std=0.01)  # begins undecided
+        (
+            self.down_query,
+            self.down_supp,
+            self.init_merge,
+            self.ASPP_meta,
+            self.res1_meta,
+            self.res2_meta,
+            self.cls_meta,
+        ) = meta_learner(middle, channels, len(prior_stages), dropout, init)
         self.down_query.requires_grad_(train_down_query)
 
     def forward(self, episode: Episode) -> Prediction:
