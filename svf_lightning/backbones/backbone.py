@@ -91,10 +91,14 @@ class Backbone(nn.Module):
         """Set training mode for everything but BatchNorm, which stays in eval mode."""
         super().train(mode)
         for module in self.modules():
-            # by name, so that SyncBatchNorm, timm's BatchNormAct2d and the like are caught too
-            if "BatchNorm" in type(module).__name__:
+            if is_batch_norm(module):
                 module.eval()
         return self
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether a module is BatchNorm, by its name: SyncBatchNorm and timm's BatchNormAct2d are, too."""
+    return "BatchNorm" in type(module).__name__
 
 
 def _weigh(state: Tensor | tuple[Tensor, ...], mask: Tensor) -> Tensor | tuple[Tensor, ...]:

@@ -32,7 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from svf_lightning.backbones.backbone import Backbone
+from svf_lightning.backbones.backbone import Backbone, is_batch_norm
 from svf_lightning.episode import Episode, Prediction
 from svf_lightning.models.blocks import check_options, compare, foreground, meta_learner, one_batch, resize
 
@@ -70,6 +70,8 @@ class BAM(nn.Module):
     Source:
         Lang et al., CVPR 2022, section 4.
     """
+
+    any_shot = False  # whether numbers of shots other than ``shot`` fit
 
     def __init__(
         self,
@@ -127,7 +129,7 @@ class BAM(nn.Module):
         """Set training mode; BatchNorm of the base learner stays in eval mode, like the backbone's."""
         super().train(mode)
         for module in self.learner_base.modules():
-            if "BatchNorm" in type(module).__name__:
+            if is_batch_norm(module):
                 module.eval()
         return self
 

@@ -75,6 +75,7 @@ class Baseline(nn.Module):
         self.backbone = backbone
         self.shot = shot
         self.shot_reduction = shot_reduction
+        self.any_shot = shot_reduction == "mean"  # whether numbers of shots other than ``shot`` fit
         self.grid = grid
         self.prior_stages = tuple(prior_stages)
 
@@ -103,7 +104,7 @@ class Baseline(nn.Module):
             ValueError: If the episode's shots are not those that a summing head was trained for.
         """
         shots = episode.support_images.shape[1]
-        if shots != self.shot and self.shot_reduction == "sum":
+        if shots != self.shot and not self.any_shot:
             raise ValueError(
                 f"this head sums over {self.shot} shot(s) and got {shots}; train it with shot={shots}, "
                 "or with model.network.shot_reduction=mean, which fits any number of shots"

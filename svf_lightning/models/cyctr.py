@@ -398,6 +398,8 @@ class CyCTR(nn.Module):
         Zhang et al., NeurIPS 2021, section 3.
     """
 
+    any_shot = True  # whether numbers of shots other than ``shot`` fit
+
     def __init__(
         self,
         backbone: Backbone,

@@ -52,6 +52,8 @@ class HSNet(nn.Module):
         Min et al., ICCV 2021, section 4.
     """
 
+    any_shot = True  # whether numbers of shots other than ``shot`` fit
+
     def __init__(self, backbone: Backbone, shot: int = 1, *, channels: int = 128) -> None:
         super().__init__()
         if shot < 1:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from svf_lightning.backbones.backbone import Backbone
+from svf_lightning.backbones.backbone import Backbone, is_batch_norm
 from svf_lightning.episode import Episode, Prediction
 from svf_lightning.models.blocks import (
     check_options,
@@ -64,6 +64,8 @@ class PFENet(nn.Module):
     Source:
         Tian et al., TPAMI 2020, sections 4.2 (prior) and 4.3 (feature enrichment).
     """
+
+    any_shot = True  # whether numbers of shots other than ``shot`` fit
 
     def __init__(
         self,
@@ -115,7 +117,7 @@ class PFENet(nn.Module):
         super().train(mode)
         if self.batch_norm == "batch":
             for module in self.backbone.modules():
-                if "BatchNorm" in type(module).__name__:
+                if is_batch_norm(module):
                     module.train(mode)
         return self
 

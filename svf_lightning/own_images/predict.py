@@ -255,22 +255,11 @@ class FewShotPredictor:
     def _group(self, supports: int) -> list[list[int]]:
         """Positions of the supports that go through the head together."""
         whole = [list(range(supports))]
-        if supports == self.shot or self._takes(supports):
+        if supports == self.shot or self.model.any_shot:
             return whole
         shot = self.shot or 1
         starts = range(0, supports, shot)
         return [[(start + k) % supports for k in range(shot)] for start in starts]
-
-    def _takes(self, shots: int) -> bool:
-        """Whether the head takes another number of shots than it was trained for; only it can tell."""
-        side = min(self.letterbox.size, 65)
-        blank = torch.zeros(1, shots, 3, side, side, device=self.device)
-        mask = torch.ones(1, shots, side, side, dtype=torch.long, device=self.device)
-        try:
-            self.model(Episode(blank[:, 0], mask[:, 0], blank, mask, torch.tensor([1], device=self.device)))
-        except ValueError:
-            return False
-        return True
 
     def _view(self, image: Image.Image, mask: np.ndarray, what: str, name: str, bad: list[str]) -> Any:
         """A support as the network gets it; None, and a line in ``bad``, if nothing of the object is left."""
