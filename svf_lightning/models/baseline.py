@@ -27,15 +27,7 @@ from torch import nn
 
 from svf_lightning.backbones.backbone import Backbone
 from svf_lightning.episode import Episode, Prediction
-from svf_lightning.models.blocks import (
-    add_meta_head,
-    check_options,
-    compare,
-    foreground,
-    meta_logits,
-    one_batch,
-    resize,
-)
+from svf_lightning.models.blocks import check_options, compare, foreground, meta_learner, one_batch, resize
 
 
 class Baseline(nn.Module):
@@ -82,15 +74,24 @@ class Baseline(nn.Module):
         super().__init__()
         if shot_reduction not in ("sum", "mean"):
             raise ValueError(f"shot_reduction must be 'sum' or 'mean', got {shot_reduction!r}")
-        check_options(shot, grid, prior_stages, init)
+        check_options(grid, prior_stages, init, shot)
         self.backbone = backbone
         self.shot = shot
         self.shot_reduction = shot_reduction
-        self.any_shot = shot_reduction == "mean"
+        self.any_shot = shot_reduction == "mean"  # whether numbers of shots other than ``shot`` fit
         self.grid = grid
         self.prior_stages = tuple(prior_stages)
 
-        add_meta_head(self, backbone, channels, dropout, len(self.prior_stages), init)
+        middle = backbone.channels[3] + backbone.channels[2]
+        (
+            self.down_query,
+            self.down_supp,
+            self.init_merge,
+            self.ASPP_meta,
+            self.res1_meta,
+            self.res2_meta,
+            self.cls_meta,
+        ) = meta_learner(middle, channels, len(prior_stages), dropout, init)
         self.down_query.requires_grad_(train_down_query)
 
     def forward(self, episode: Episode) -> Prediction:

@@ -52,7 +52,7 @@ class HSNet(nn.Module):
         Min et al., ICCV 2021, section 4.
     """
 
-    any_shot = True  # matches each alone, and lets them vote
+    any_shot = True  # whether numbers of shots other than ``shot`` fit
 
     def __init__(self, backbone: Backbone, shot: int = 1, *, channels: int = 128) -> None:
         super().__init__()
