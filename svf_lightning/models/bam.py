@@ -172,11 +172,14 @@ class BAM(nn.Module):
         differences = differences.to(self.gram_merge.weight.dtype)  # (B, K)
         weights = self.shot_weights(differences)  # (B, K)
         adjustment = (weights * differences).sum(dim=1)[:, None, None, None]  # psi, (B, 1, 1, 1)
-        prototype = torch.einsum("bk,bkc->bc", weights, prototypes)
+        prototype = torch.einsum("bk,bkc->bc", weights, prototypes)[:, :, None, None]
         prior = torch.einsum("bk,bkshw->bshw", weights, priors)
 
         # "Meta Learner"
-        meta = meta_logits(self, query, prototype, prior)  # (B, 2, h, w)
+        x = self.init_merge(torch.cat([query, prototype.expand_as(query), prior], dim=1))
+        x = self.res1_meta(self.ASPP_meta(x))
+        x = self.res2_meta(x) + x
+        meta = self.cls_meta(x)  # (B, 2, h, w)
 
         # "Base Learner"
         with torch.no_grad():

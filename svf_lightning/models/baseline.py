@@ -55,9 +55,6 @@ class Baseline(nn.Module):
         Sun et al., NeurIPS 2022, section 4.1 and supplement.
     """
 
-    down_query: nn.Module
-    down_supp: nn.Module
-
     def __init__(
         self,
         backbone: Backbone,
@@ -124,5 +121,9 @@ class Baseline(nn.Module):
         )  # (B, C, h, w), (B, K, C), (B, K, stages, h, w)
 
         reduce = torch.sum if self.shot_reduction == "sum" else torch.mean
-        logits = meta_logits(self, query, reduce(prototypes, dim=1), reduce(priors, dim=1))
-        return Prediction(resize(logits, episode.query_image.shape[-2:]))
+        prototype = reduce(prototypes, dim=1)[:, :, None, None].expand_as(query)
+        x = self.init_merge(torch.cat([query, prototype, reduce(priors, dim=1)], dim=1))
+
+        x = self.res1_meta(self.ASPP_meta(x))
+        x = self.res2_meta(x) + x
+        return Prediction(resize(self.cls_meta(x), episode.query_image.shape[-2:]))

@@ -8,8 +8,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from svf_lightning.backbones.backbone import Backbone
-
 PAIRS_AT_ONCE = 2**25  # 128 MB in float32: two pairs of images at 473 pixels, all at 129
 
 
@@ -256,83 +254,6 @@ def compare(
         masked = feature[batch:] * resize(masks[:, None], feature.shape[-2:]).to(feature.dtype)
         priors.append(resize(prior_mask(feature[:batch], masked), size))
     return query, prototypes, torch.cat(priors, dim=1).unflatten(0, (batch, shots)).to(query.dtype)
-
-
-def check_options(
-    shot: int, grid: str = "layer3", prior_stages: Sequence[int] = (4,), init: str = "default"
-) -> None:
-    """Refuse values that no method takes.
-
-    Args:
-        shot: Supports per episode.
-        grid: The stage whose resolution the head works at.
-        prior_stages: Stages whose features give a prior mask each.
-        init: Of the head.
-
-    Raises:
-        ValueError: Naming the argument and what is allowed.
-    """
-    if shot < 1:
-        raise ValueError(f"shot must be 1 or more, got {shot}")
-    if grid not in ("layer2", "layer3"):
-        raise ValueError(f"grid must be 'layer2' or 'layer3', got {grid!r}")
-    if not prior_stages or not set(prior_stages) <= {2, 3, 4}:
-        raise ValueError(f"prior_stages must be some of 2, 3 and 4, got {list(prior_stages)}")
-    if init not in ("default", "kaiming"):
-        raise ValueError(f"init must be 'default' or 'kaiming', got {init!r}")
-
-
-def add_meta_head(
-    method: Any, backbone: Backbone, channels: int, dropout: float, priors: int, init: str
-) -> None:
-    """Give a method the layers of BAM's meta learner, under the official names, which checkpoints have.
-
-    Args:
-        method: The module that gets them as its children.
-        backbone: Whose features of stages 2 and 3 are projected.
-        channels: Width of the head.
-        dropout: Share of channels dropped after the two projections while training.
-        priors: Number of prior masks.
-        init: "default" is torch's; "kaiming" is `kaiming_fan_in_`, and a classifier that begins undecided.
-
-    Source:
-        Lang et al., BAM, CVPR 2022; the baseline of the SVF paper is this head alone.
-    """
-    middle = backbone.channels[3] + backbone.channels[2]
-    method.down_query = nn.Sequential(*conv_relu(middle, channels), nn.Dropout2d(dropout))
-    method.down_supp = nn.Sequential(*conv_relu(middle, channels), nn.Dropout2d(dropout))
-    method.init_merge = nn.Sequential(*conv_relu(2 * channels + priors, channels))
-    method.ASPP_meta = ASPP(channels)
-    method.res1_meta = nn.Sequential(*conv_relu(5 * channels, channels))
-    method.res2_meta = nn.Sequential(*conv_relu(channels, channels, 3), *conv_relu(channels, channels, 3))
-    method.cls_meta = nn.Sequential(
-        *conv_relu(channels, channels, 3), nn.Dropout2d(0.1), nn.Conv2d(channels, 2, 1)
-    )
-    if init == "kaiming":
-        kaiming_fan_in_(
-            *(method.down_query, method.down_supp, method.init_merge, method.ASPP_meta),
-            *(method.res1_meta, method.res2_meta, method.cls_meta[0]),
-        )
-        nn.init.normal_(method.cls_meta.get_parameter("3.weight"), std=0.01)
-
-
-def meta_logits(method: Any, query: Tensor, prototype: Tensor, prior: Tensor) -> Tensor:
-    """What the layers of :func:`add_meta_head` say.
-
-    Args:
-        method: That has them.
-        query: Projected query features, ``(B, C, h, w)``.
-        prototype: Of the supports, ``(B, C)``.
-        prior: Prior masks, ``(B, S, h, w)``.
-
-    Returns:
-        Logits ``(B, 2, h, w)``.
-    """
-    prototype = prototype[:, :, None, None].expand_as(query)
-    x = method.init_merge(torch.cat([query, prototype, prior], dim=1))
-    x = method.res1_meta(method.ASPP_meta(x))
-    x = method.res2_meta(x) + x
-    return method.cls_meta(x)
 
 
 class ASPP(nn.Module):

@@ -255,7 +255,7 @@ class FewShotPredictor:
     def _group(self, supports: int) -> list[list[int]]:
         """Positions of the supports that go through the head together."""
         whole = [list(range(supports))]
-        if supports == self.shot or self.model.any_shot:
+        if supports == self.shot or getattr(self.model, "any_shot", False):
             return whole
         shot = self.shot or 1
         starts = range(0, supports, shot)
