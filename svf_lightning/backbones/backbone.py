@@ -91,10 +91,14 @@ class Backbone(nn.Module):
         """Set training mode for everything but BatchNorm, which stays in eval mode."""
         super().train(mode)
         for module in self.modules():
-            # by name, so that SyncBatchNorm, timm's BatchNormAct2d and the like are caught too
-            if "BatchNorm" in type(module).__name__:
+            if is_batch_norm(module):
                 module.eval()
         return self
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether a module is BatchNorm, by its name: SyncBatchNorm and timm's BatchNormAct2d are, too."""
+    return "BatchNorm" in type(module).__name__
 
 
 def _weigh(state: Tensor | tuple[Tensor, ...], mask: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -110,7 +114,7 @@ def _weigh(state: Tensor | tuple[Tensor, ...], mask: Tensor) -> Tensor | tuple[T
 
 @torch.no_grad()
 def kaiming_fan_out_(module: nn.Module) -> None:
-    """Start the convolutions of ``module`` as ResNet and VGG do: normal, by fan-out, no bias."""
+    """Start convolutions as ResNet and VGG do: gradients keep their size on the way back; biases at zero."""
     for conv in module.modules():
         if isinstance(conv, nn.Conv2d):
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")

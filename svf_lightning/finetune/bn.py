@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from svf_lightning.backbones.backbone import is_batch_norm
 from svf_lightning.finetune import svf as singular_values
 from svf_lightning.finetune.layers import in_stages
 
@@ -36,7 +37,7 @@ def prepare(
         raise ValueError(f"train must be a list of 'weight', 'bias' or both; got {train!r}")
     layers: list[nn.Module] = []
     for stage, modules in in_stages(backbone, stages).items():
-        found = [m for m in modules.values() if "BatchNorm" in type(m).__name__ and m.weight is not None]
+        found = [m for m in modules.values() if is_batch_norm(m) and m.weight is not None]
         if not found:
             raise ValueError(
                 f"stages: {stage!r} holds no BatchNorm with a scale and shift to train; "

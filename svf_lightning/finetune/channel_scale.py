@@ -11,7 +11,6 @@ Source:
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -61,8 +60,6 @@ def prepare(
 ) -> None:
     """Train one factor per slice of every convolution and linear layer of some stages.
 
-    :func:`merge` folds the factors into the kernels.
-
     Args:
         backbone: Changed in place; calling again changes nothing.
         stages: Names of its submodules.
@@ -86,14 +83,6 @@ def prepare(
     for layer in layers:
         for scale in _scales(layer):
             scale.requires_grad_(True)
-
-
-def merge(backbone: nn.Module) -> None:
-    """Fold the factors into the kernels; every layer becomes the plain one that it was."""
-    with torch.no_grad():
-        for layer in backbone.modules():
-            if _scales(layer):
-                parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
 
 
 def _scales(layer: nn.Module) -> list[ChannelScale]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from svf_lightning.backbones.backbone import is_batch_norm
 from svf_lightning.finetune.layers import in_stages, select
 
 
@@ -34,7 +35,7 @@ def prepare(
     layers = list(select(backbone, stages, kernels).values())
     if batch_norm:
         for modules in in_stages(backbone, stages).values():
-            layers += [m for m in modules.values() if "BatchNorm" in type(m).__name__]
+            layers += [m for m in modules.values() if is_batch_norm(m)]
     backbone.requires_grad_(False)
     for layer in layers:
         layer.requires_grad_(True)

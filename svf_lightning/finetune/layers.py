@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from svf_lightning.svf.network import modules_under
+
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
@@ -13,15 +15,11 @@ def in_stages(backbone: nn.Module, stages: Sequence[str]) -> dict[str, dict[str,
     Raises:
         ValueError: If a stage does not exist.
     """
-    modules = dict(backbone.named_modules())
     for stage in stages:
-        if stage not in modules:
+        if stage not in dict(backbone.named_modules(remove_duplicate=False)):
             known = ", ".join(name for name, _ in backbone.named_children())
             raise ValueError(f"stages: the backbone has no {stage!r}; it has {known}")
-    return {
-        stage: {name: m for name, m in modules.items() if name == stage or name.startswith(f"{stage}.")}
-        for stage in stages
-    }
+    return {stage: dict(modules_under(backbone, stage)) for stage in stages}
 
 
 def select(

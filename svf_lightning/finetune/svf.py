@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from svf_lightning.finetune.layers import select
 from svf_lightning.svf.layer import SVFLayer
-from svf_lightning.svf.network import apply_svf, has_kernel, modules_under
+from svf_lightning.svf.network import FACTORABLE, apply_svf
 
 
 def prepare(
@@ -43,28 +44,13 @@ def prepare(
             f"parametrization must be 's', 'exp' or 'both', the latter two with 's' in train; "
             f"got {parametrization!r} with train={list(train)}"
         )
-    names = list(stages) if kernels is None else _of_kernel_size(backbone, stages, kernels)
+    names = list(select(backbone, stages, kernels, kinds=FACTORABLE))
     apply_svf(backbone, names, rank)
     backbone.requires_grad_(False)
-    for layer in {layer for name in names for _, layer in modules_under(backbone, name)}:
-        if isinstance(layer, SVFLayer):
-            _train_factors(layer, train, parametrization)
-
-
-def _of_kernel_size(module: nn.Module, stages: Sequence[str], kernels: Sequence[str]) -> list[str]:
-    """Names of the layers of some stages whose kernel has one of the given sizes."""
-    sizes = {}
-    for stage in stages:
-        for name, layer in modules_under(module, stage):
-            if has_kernel(layer):
-                sizes[name] = "x".join(map(str, getattr(layer, "kernel_size", (1, 1))))
-    for kernel in kernels:
-        if kernel not in sizes.values():
-            raise ValueError(
-                f"kernels: no layer of {', '.join(stages)} has a kernel of {kernel}; "
-                f"there are {', '.join(sorted(set(sizes.values()))) or 'none'}"
-            )
-    return [name for name, size in sizes.items() if size in kernels]
+    for name in names:
+        layer = backbone.get_submodule(name)
+        assert isinstance(layer, SVFLayer)
+        _train_factors(layer, train, parametrization)
 
 
 def _train_factors(layer: SVFLayer, train: Sequence[str], parametrization: str) -> None:

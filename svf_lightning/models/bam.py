@@ -32,17 +32,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from svf_lightning.backbones.backbone import Backbone
+from svf_lightning.backbones.backbone import Backbone, is_batch_norm
 from svf_lightning.episode import Episode, Prediction
-from svf_lightning.models.blocks import (
-    add_meta_head,
-    check_options,
-    compare,
-    foreground,
-    meta_logits,
-    one_batch,
-    resize,
-)
+from svf_lightning.models.blocks import check_options, compare, foreground, meta_learner, one_batch, resize
 
 
 class Outputs(NamedTuple):
@@ -79,9 +71,7 @@ class BAM(nn.Module):
         Lang et al., CVPR 2022, section 4.
     """
 
-    any_shot = False  # weighs the shots that it was trained for
-    down_query: nn.Module
-    down_supp: nn.Module
+    any_shot = False  # whether numbers of shots other than ``shot`` fit
 
     def __init__(
         self,
@@ -100,7 +90,7 @@ class BAM(nn.Module):
         super().__init__()
         stages = dict(backbone.named_children())
         own = sorted({name.split(".")[0] for name in own_stages})
-        check_options(shot, grid, prior_stages, init)
+        check_options(grid, prior_stages, init, shot)
         if not set(own) <= set(stages):
             raise ValueError(f"own_stages must be some of {', '.join(stages)}; got {list(own_stages)}")
         self.backbone = backbone
@@ -118,7 +108,17 @@ class BAM(nn.Module):
             for name in own:
                 self.base_backbone.get_submodule(name).requires_grad_(False)
 
-        add_meta_head(self, backbone, channels, dropout, len(self.prior_stages), init)
+        middle = backbone.channels[3] + backbone.channels[2]
+        (
+            self.down_query,
+            self.down_supp,
+            self.init_merge,
+            self.ASPP_meta,
+            self.res1_meta,
+            self.res2_meta,
+            self.cls_meta,
+        ) = meta_learner(middle, channels, len(prior_stages), dropout, init)
+
         self.gram_merge = _keep_the_first()
         self.cls_merge = _keep_the_first()
         if shot > 1:
@@ -129,7 +129,7 @@ class BAM(nn.Module):
         """Set training mode; BatchNorm of the base learner stays in eval mode, like the backbone's."""
         super().train(mode)
         for module in self.learner_base.modules():
-            if "BatchNorm" in type(module).__name__:
+            if is_batch_norm(module):
                 module.eval()
         return self
 
@@ -172,11 +172,14 @@ class BAM(nn.Module):
         differences = differences.to(self.gram_merge.weight.dtype)  # (B, K)
         weights = self.shot_weights(differences)  # (B, K)
         adjustment = (weights * differences).sum(dim=1)[:, None, None, None]  # psi, (B, 1, 1, 1)
-        prototype = torch.einsum("bk,bkc->bc", weights, prototypes)
+        prototype = torch.einsum("bk,bkc->bc", weights, prototypes)[:, :, None, None]
         prior = torch.einsum("bk,bkshw->bshw", weights, priors)
 
         # "Meta Learner"
-        meta = meta_logits(self, query, prototype, prior)  # (B, 2, h, w)
+        x = self.init_merge(torch.cat([query, prototype.expand_as(query), prior], dim=1))
+        x = self.res1_meta(self.ASPP_meta(x))
+        x = self.res2_meta(x) + x
+        meta = self.cls_meta(x)  # (B, 2, h, w)
 
         # "Base Learner"
         with torch.no_grad():

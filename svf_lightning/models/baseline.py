@@ -27,15 +27,7 @@ from torch import nn
 
 from svf_lightning.backbones.backbone import Backbone
 from svf_lightning.episode import Episode, Prediction
-from svf_lightning.models.blocks import (
-    add_meta_head,
-    check_options,
-    compare,
-    foreground,
-    meta_logits,
-    one_batch,
-    resize,
-)
+from svf_lightning.models.blocks import check_options, compare, foreground, meta_learner, one_batch, resize
 
 
 class Baseline(nn.Module):
@@ -63,9 +55,6 @@ class Baseline(nn.Module):
         Sun et al., NeurIPS 2022, section 4.1 and supplement.
     """
 
-    down_query: nn.Module
-    down_supp: nn.Module
-
     def __init__(
         self,
         backbone: Backbone,
@@ -82,15 +71,24 @@ class Baseline(nn.Module):
         super().__init__()
         if shot_reduction not in ("sum", "mean"):
             raise ValueError(f"shot_reduction must be 'sum' or 'mean', got {shot_reduction!r}")
-        check_options(shot, grid, prior_stages, init)
+        check_options(grid, prior_stages, init, shot)
         self.backbone = backbone
         self.shot = shot
         self.shot_reduction = shot_reduction
-        self.any_shot = shot_reduction == "mean"
+        self.any_shot = shot_reduction == "mean"  # whether numbers of shots other than ``shot`` fit
         self.grid = grid
         self.prior_stages = tuple(prior_stages)
 
-        add_meta_head(self, backbone, channels, dropout, len(self.prior_stages), init)
+        middle = backbone.channels[3] + backbone.channels[2]
+        (
+            self.down_query,
+            self.down_supp,
+            self.init_merge,
+            self.ASPP_meta,
+            self.res1_meta,
+            self.res2_meta,
+            self.cls_meta,
+        ) = meta_learner(middle, channels, len(prior_stages), dropout, init)
         self.down_query.requires_grad_(train_down_query)
 
     def forward(self, episode: Episode) -> Prediction:
@@ -123,5 +121,9 @@ class Baseline(nn.Module):
         )  # (B, C, h, w), (B, K, C), (B, K, stages, h, w)
 
         reduce = torch.sum if self.shot_reduction == "sum" else torch.mean
-        logits = meta_logits(self, query, reduce(prototypes, dim=1), reduce(priors, dim=1))
-        return Prediction(resize(logits, episode.query_image.shape[-2:]))
+        prototype = reduce(prototypes, dim=1)[:, :, None, None].expand_as(query)
+        x = self.init_merge(torch.cat([query, prototype, reduce(priors, dim=1)], dim=1))
+
+        x = self.res1_meta(self.ASPP_meta(x))
+        x = self.res2_meta(x) + x
+        return Prediction(resize(self.cls_meta(x), episode.query_image.shape[-2:]))

@@ -1,14 +1,12 @@
 """The few pieces that several methods share, each with its source."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-
-from svf_lightning.backbones.backbone import Backbone
 
 PAIRS_AT_ONCE = 2**25  # 128 MB in float32: two pairs of images at 473 pixels, all at 129
 
@@ -53,11 +51,36 @@ def conv_relu(
     ]
 
 
-def kaiming_fan_in_(*modules: nn.Module) -> None:
-    """Start convolutions so that a signal keeps its size forward through their ReLUs, and biases at zero.
+def two_convolutions(channels: int) -> nn.Sequential:
+    """Two 3x3 convolutions, each with its ReLU."""
+    return nn.Sequential(*conv_relu(channels, channels, 3), *conv_relu(channels, channels, 3))
 
-    By fan-in; pretrained backbones start by fan-out, see ``kaiming_fan_out_`` of backbones/backbone.py.
-    Torch's own initialisation shrinks the signal two- to threefold in each convolution.
+
+def classifier(channels: int) -> nn.Sequential:
+    """Map features ``(N, C, h, w)`` to logits ``(N, 2, h, w)``."""
+    return nn.Sequential(*conv_relu(channels, channels, 3), nn.Dropout2d(0.1), nn.Conv2d(channels, 2, 1))
+
+
+def check_options(grid: str, prior_stages: Sequence[int], init: str, shot: int = 1) -> None:
+    """Check the options that PFENet and its heirs share.
+
+    Raises:
+        ValueError: If an option has none of its values, or ``shot`` is below 1.
+    """
+    if shot < 1:
+        raise ValueError(f"shot must be 1 or more, got {shot}")
+    if grid not in ("layer2", "layer3"):
+        raise ValueError(f"grid must be 'layer2' or 'layer3', got {grid!r}")
+    if not prior_stages or not set(prior_stages) <= {2, 3, 4}:
+        raise ValueError(f"prior_stages must be some of 2, 3 and 4, got {list(prior_stages)}")
+    if init not in ("default", "kaiming"):
+        raise ValueError(f"init must be 'default' or 'kaiming', got {init!r}")
+
+
+def kaiming_fan_in_(*modules: nn.Module) -> None:
+    """Start convolutions so that a signal keeps its size on the way forward through their ReLUs.
+
+    Biases start at zero. Torch's own initialisation shrinks it two- to threefold in each.
 
     Source:
         He et al., Delving Deep into Rectifiers, ICCV 2015.
@@ -233,83 +256,6 @@ def compare(
     return query, prototypes, torch.cat(priors, dim=1).unflatten(0, (batch, shots)).to(query.dtype)
 
 
-def check_options(
-    shot: int, grid: str = "layer3", prior_stages: Sequence[int] = (4,), init: str = "default"
-) -> None:
-    """Refuse values that no method takes.
-
-    Args:
-        shot: Supports per episode.
-        grid: The stage whose resolution the head works at.
-        prior_stages: Stages whose features give a prior mask each.
-        init: Of the head.
-
-    Raises:
-        ValueError: Naming the argument and what is allowed.
-    """
-    if shot < 1:
-        raise ValueError(f"shot must be 1 or more, got {shot}")
-    if grid not in ("layer2", "layer3"):
-        raise ValueError(f"grid must be 'layer2' or 'layer3', got {grid!r}")
-    if not prior_stages or not set(prior_stages) <= {2, 3, 4}:
-        raise ValueError(f"prior_stages must be some of 2, 3 and 4, got {list(prior_stages)}")
-    if init not in ("default", "kaiming"):
-        raise ValueError(f"init must be 'default' or 'kaiming', got {init!r}")
-
-
-def add_meta_head(
-    method: Any, backbone: Backbone, channels: int, dropout: float, priors: int, init: str
-) -> None:
-    """Give a method the layers of BAM's meta learner, under the official names, which checkpoints have.
-
-    Args:
-        method: The module that gets them as its children.
-        backbone: Whose features of stages 2 and 3 are projected.
-        channels: Width of the head.
-        dropout: Share of channels dropped after the two projections while training.
-        priors: Number of prior masks.
-        init: "default" is torch's; "kaiming" is `kaiming_fan_in_`, and a classifier that begins undecided.
-
-    Source:
-        Lang et al., BAM, CVPR 2022; the baseline of the SVF paper is this head alone.
-    """
-    middle = backbone.channels[3] + backbone.channels[2]
-    method.down_query = nn.Sequential(*conv_relu(middle, channels), nn.Dropout2d(dropout))
-    method.down_supp = nn.Sequential(*conv_relu(middle, channels), nn.Dropout2d(dropout))
-    method.init_merge = nn.Sequential(*conv_relu(2 * channels + priors, channels))
-    method.ASPP_meta = ASPP(channels)
-    method.res1_meta = nn.Sequential(*conv_relu(5 * channels, channels))
-    method.res2_meta = nn.Sequential(*conv_relu(channels, channels, 3), *conv_relu(channels, channels, 3))
-    method.cls_meta = nn.Sequential(
-        *conv_relu(channels, channels, 3), nn.Dropout2d(0.1), nn.Conv2d(channels, 2, 1)
-    )
-    if init == "kaiming":
-        kaiming_fan_in_(
-            *(method.down_query, method.down_supp, method.init_merge, method.ASPP_meta),
-            *(method.res1_meta, method.res2_meta, method.cls_meta[0]),
-        )
-        nn.init.normal_(method.cls_meta.get_parameter("3.weight"), std=0.01)
-
-
-def meta_logits(method: Any, query: Tensor, prototype: Tensor, prior: Tensor) -> Tensor:
-    """What the layers of :func:`add_meta_head` say.
-
-    Args:
-        method: That has them.
-        query: Projected query features, ``(B, C, h, w)``.
-        prototype: Of the supports, ``(B, C)``.
-        prior: Prior masks, ``(B, S, h, w)``.
-
-    Returns:
-        Logits ``(B, 2, h, w)``.
-    """
-    prototype = prototype[:, :, None, None].expand_as(query)
-    x = method.init_merge(torch.cat([query, prototype, prior], dim=1))
-    x = method.res1_meta(method.ASPP_meta(x))
-    x = method.res2_meta(x) + x
-    return method.cls_meta(x)
-
-
 class ASPP(nn.Module):
     """Look at a feature map at five scales at once: global average, 1x1, and three dilated 3x3.
 
@@ -339,3 +285,43 @@ class ASPP(nn.Module):
         pooled = self.layer6_0(x.mean(dim=(2, 3), keepdim=True)).expand_as(x)
         branches = [self.get_submodule(f"layer6_{i}")(x) for i in range(1, 5)]
         return torch.cat([pooled, *branches], dim=1)
+
+
+class MetaLearner(NamedTuple):
+    """Parts of the meta learner of BAM, which the baseline of the SVF paper is; in the order of use."""
+
+    down_query: nn.Module  # features of stages 3 and 2 to (B, C, h, w)
+    down_supp: nn.Module
+    init_merge: nn.Module  # query, prototype and priors to C channels
+    ASPP_meta: nn.Module
+    res1_meta: nn.Module
+    res2_meta: nn.Module
+    cls_meta: nn.Module  # to logits (B, 2, h, w)
+
+
+def meta_learner(middle: int, channels: int, priors: int, dropout: float, init: str) -> MetaLearner:
+    """Make the parts of a meta learner.
+
+    Args:
+        middle: Channels of stages 2 and 3 together.
+        channels: Width ``C`` of the head.
+        priors: Prior masks per support.
+        dropout: Share of channels dropped after the two projections while training.
+        init: "default" or "kaiming".
+
+    Source:
+        Lang et al., CVPR 2022; the names are those of the official state dict (chunbolang/BAM, MIT).
+    """
+    parts = MetaLearner(
+        down_query=nn.Sequential(*conv_relu(middle, channels), nn.Dropout2d(dropout)),
+        down_supp=nn.Sequential(*conv_relu(middle, channels), nn.Dropout2d(dropout)),
+        init_merge=nn.Sequential(*conv_relu(2 * channels + priors, channels)),
+        ASPP_meta=ASPP(channels),
+        res1_meta=nn.Sequential(*conv_relu(5 * channels, channels)),
+        res2_meta=two_convolutions(channels),
+        cls_meta=classifier(channels),
+    )
+    if init == "kaiming":
+        kaiming_fan_in_(*parts[:-1], parts.cls_meta.get_submodule("0"))
+        nn.init.normal_(parts.cls_meta.get_parameter("3.weight"), std=0.01)  # begins undecided
+    return parts

@@ -37,6 +37,7 @@ from svf_lightning.episode import IGNORE, Episode, Prediction
 from svf_lightning.models.blocks import (
     PAIRS_AT_ONCE,
     check_options,
+    classifier,
     conv_relu,
     foreground,
     kaiming_fan_in_,
@@ -44,6 +45,7 @@ from svf_lightning.models.blocks import (
     one_batch,
     prior_mask,
     resize,
+    two_convolutions,
 )
 
 Sampling = Literal["aligned", "official"]
@@ -396,7 +398,7 @@ class CyCTR(nn.Module):
         Zhang et al., NeurIPS 2021, section 3.
     """
 
-    any_shot = True  # supports are tokens, however many
+    any_shot = True  # whether numbers of shots other than ``shot`` fit
 
     def __init__(
         self,
@@ -415,7 +417,7 @@ class CyCTR(nn.Module):
         super().__init__()
         if sampling not in ("aligned", "official"):
             raise ValueError(f"sampling must be 'aligned' or 'official', got {sampling!r}")
-        check_options(shot, grid, prior_stages, init)
+        check_options(grid, prior_stages, init)
         if channels % 4 or channels % heads:
             raise ValueError(f"channels must be divisible by 4 and by heads={heads}, got {channels}")
         if tokens_per_shot < 2:
@@ -432,21 +434,17 @@ class CyCTR(nn.Module):
             channels, heads, tokens_per_shot=tokens_per_shot, sampling=sampling
         )
         self.merge_multi_lvl_reduce = nn.Sequential(*conv_relu(channels, channels))
-        self.merge_multi_lvl_sum = nn.Sequential(
-            *conv_relu(channels, channels, 3), *conv_relu(channels, channels, 3)
-        )
-        self.cls = _classifier(channels)
+        self.merge_multi_lvl_sum = two_convolutions(channels)
+        self.cls = classifier(channels)
         # The auxiliary task of training: segment the supports by the query.
         self.pred_supp_qry_proj = nn.Sequential(*conv_relu(channels, channels))
         self.supp_init_merge = nn.Sequential(*conv_relu(2 * channels, channels))
-        self.supp_beta_conv = nn.Sequential(
-            *conv_relu(channels, channels, 3), *conv_relu(channels, channels, 3)
-        )
-        self.supp_cls = _classifier(channels)
+        self.supp_beta_conv = two_convolutions(channels)
+        self.supp_cls = classifier(channels)
         if init == "kaiming":
             kaiming_fan_in_(*(m for n, m in self.named_children() if n not in ("backbone", "transformer")))
-            for classifier in (self.cls, self.supp_cls):
-                nn.init.normal_(classifier.get_parameter("3.weight"), std=0.01)
+            for head in (self.cls, self.supp_cls):
+                nn.init.normal_(head.get_parameter("3.weight"), std=0.01)
 
     def forward(
         self,
@@ -544,10 +542,6 @@ def canvas(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tenso
     below = is_black.all(dim=2).flip(1).cummin(dim=1).values.flip(1)  # (B, H), True from a row to the last
     right = is_black.all(dim=1).flip(1).cummin(dim=1).values.flip(1)  # (B, W)
     return (images == 0).all(dim=1) | below[:, :, None] | right[:, None, :]
-
-
-def _classifier(channels: int) -> nn.Sequential:
-    return nn.Sequential(*conv_relu(channels, channels, 3), nn.Dropout2d(0.1), nn.Conv2d(channels, 2, 1))
 
 
 def _tile(vectors: Tensor, features: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from svf_lightning.backbones.backbone import Backbone
 from svf_lightning.episode import Episode, Prediction
-from svf_lightning.models.blocks import check_options, conv_relu, foreground, one_batch, resize
+from svf_lightning.models.blocks import conv_relu, foreground, one_batch, resize
 
 BOTTLENECK = ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3", "relu", "downsample")
 
@@ -52,11 +52,12 @@ class HSNet(nn.Module):
         Min et al., ICCV 2021, section 4.
     """
 
-    any_shot = True  # matches each alone, and lets them vote
+    any_shot = True  # whether numbers of shots other than ``shot`` fit
 
     def __init__(self, backbone: Backbone, shot: int = 1, *, channels: int = 128) -> None:
         super().__init__()
-        check_options(shot)
+        if shot < 1:
+            raise ValueError(f"shot must be 1 or more, got {shot}")
         if channels < 8 or channels % 8:
             raise ValueError(f"channels must be a multiple of 8, got {channels}")
         self.backbone = backbone

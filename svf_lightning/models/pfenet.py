@@ -24,16 +24,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from svf_lightning.backbones.backbone import Backbone
+from svf_lightning.backbones.backbone import Backbone, is_batch_norm
 from svf_lightning.episode import Episode, Prediction
 from svf_lightning.models.blocks import (
     check_options,
+    classifier,
     compare,
     conv_relu,
     foreground,
     kaiming_fan_in_,
     one_batch,
     resize,
+    two_convolutions,
 )
 
 
@@ -63,7 +65,7 @@ class PFENet(nn.Module):
         Tian et al., TPAMI 2020, sections 4.2 (prior) and 4.3 (feature enrichment).
     """
 
-    any_shot = True  # averages over them
+    any_shot = True  # whether numbers of shots other than ``shot`` fit
 
     def __init__(
         self,
@@ -79,11 +81,11 @@ class PFENet(nn.Module):
         init: str = "default",
     ) -> None:
         super().__init__()
-        check_options(shot, grid, prior_stages, init)
         if not bins or any(b <= 0 or (b > 1 and b != int(b)) for b in bins):
             raise ValueError(
                 f"bins must be whole numbers above 1 or fractions above 0, and at least one; got {list(bins)}"
             )
+        check_options(grid, prior_stages, init, shot)
         if batch_norm not in ("fixed", "batch"):
             raise ValueError(f"batch_norm must be 'fixed' or 'batch', got {batch_norm!r}")
         self.backbone = backbone
@@ -100,22 +102,22 @@ class PFENet(nn.Module):
         self.down_supp = nn.Sequential(*conv_relu(middle, channels), nn.Dropout2d(dropout))
         self.init_merge = nn.ModuleList(nn.Sequential(*conv_relu(merged, channels)) for _ in scales)
         self.alpha_conv = nn.ModuleList(nn.Sequential(*conv_relu(2 * channels, channels)) for _ in scales[1:])
-        self.beta_conv = nn.ModuleList(_two_convolutions(channels) for _ in scales)
-        self.inner_cls = nn.ModuleList(_classifier(channels) for _ in scales)
+        self.beta_conv = nn.ModuleList(two_convolutions(channels) for _ in scales)
+        self.inner_cls = nn.ModuleList(classifier(channels) for _ in scales)
         self.res1 = nn.Sequential(*conv_relu(len(self.bins) * channels, channels))
-        self.res2 = _two_convolutions(channels)
-        self.cls = _classifier(channels)
+        self.res2 = two_convolutions(channels)
+        self.cls = classifier(channels)
         if init == "kaiming":
             kaiming_fan_in_(*(module for name, module in self.named_children() if name != "backbone"))
-            for classifier in (*self.inner_cls, self.cls):
-                nn.init.normal_(classifier.get_parameter("3.weight"), std=0.01)  # begins undecided
+            for head in (*self.inner_cls, self.cls):
+                nn.init.normal_(head.get_parameter("3.weight"), std=0.01)  # begins undecided
 
     def train(self, mode: bool = True) -> "PFENet":
         """Set training mode; the backbone's BatchNorm follows only with ``batch_norm="batch"``."""
         super().train(mode)
         if self.batch_norm == "batch":
             for module in self.backbone.modules():
-                if "BatchNorm" in type(module).__name__:
+                if is_batch_norm(module):
                     module.train(mode)
         return self
 
@@ -191,11 +193,3 @@ class PFENet(nn.Module):
                 inner.append(self.inner_cls[index](x))
             enriched.append(resize(x, size))
         return enriched, inner
-
-
-def _two_convolutions(channels: int) -> nn.Sequential:
-    return nn.Sequential(*conv_relu(channels, channels, 3), *conv_relu(channels, channels, 3))
-
-
-def _classifier(channels: int) -> nn.Sequential:
-    return nn.Sequential(*conv_relu(channels, channels, 3), nn.Dropout2d(0.1), nn.Conv2d(channels, 2, 1))

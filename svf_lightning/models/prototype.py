@@ -50,7 +50,7 @@ class Matcher(nn.Module):
         ValueError: If ``stages`` is empty or not of 0 to 4.
     """
 
-    any_shot = True  # averages over them
+    any_shot = True  # whether any number of shots fits
 
     def __init__(
         self, backbone: Backbone, *, stages: Sequence[int] = (2, 3, 4), temperature: float = 20.0

@@ -11,7 +11,7 @@ instead of being registered twice (``layer0`` and ``encoder.0``).
 import torch
 from torch import Tensor, nn
 
-from svf_lightning.backbones.backbone import Backbone
+from svf_lightning.backbones.backbone import Backbone, is_batch_norm
 from svf_lightning.models.blocks import resize
 
 BINS = (1, 2, 3, 6)
@@ -83,7 +83,7 @@ class PSPNet(nn.Module):
         super().train(mode)
         if self.train_batch_norm:
             for module in self.backbone.modules():
-                if "BatchNorm" in type(module).__name__:
+                if is_batch_norm(module):
                     module.train(mode)
         return self
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from svf_lightning.backbones.efficientnet import name_before
 from svf_lightning.svf.layer import SVFLayer
 
 FORMAT = "svf_lightning singular values 1"
@@ -109,7 +110,8 @@ def fingerprint(backbone: nn.Module, layers: Iterable[str], trained: Iterable[st
     digest = hashlib.sha256()
     for name, value in sorted(backbone.state_dict().items()):
         if name not in left_out:
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            known_as = name_before(backbone, name)  # so that files from before a renaming fit
+            digest.update(f"{known_as} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

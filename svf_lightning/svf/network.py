@@ -7,6 +7,9 @@ from torch import Tensor, nn
 
 from svf_lightning.svf.layer import SVFLayer, plain_layer
 
+# Layers to factor, those that are, and those that must be refused rather than overlooked.
+FACTORABLE: tuple[type[nn.Module], ...] = (SVFLayer, nn.Linear, nn.modules.conv._ConvNd)
+
 
 def apply_svf(module: nn.Module, layers: Sequence[str] | None = None, rank: int | None = None) -> nn.Module:
     """Replace convolutions and linear layers by factored ones, in place.
@@ -38,7 +41,9 @@ def apply_svf(module: nn.Module, layers: Sequence[str] | None = None, rank: int 
     """
     chosen: dict[nn.Module, str] = {}
     for prefix in [""] if layers is None else [layers] if isinstance(layers, str) else layers:
-        found = {child: name for name, child in modules_under(module, prefix) if has_kernel(child)}
+        found = {
+            child: name for name, child in modules_under(module, prefix) if isinstance(child, FACTORABLE)
+        }
         if not found and layers is not None:
             raise ValueError(f"layers: {prefix!r} holds no convolution or linear layer; name one that does")
         chosen |= found
@@ -121,11 +126,6 @@ def load_svf_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{name!r} holds NaN or infinity; the training that made it has diverged")
     for name, value in own.items():
         value.copy_(state[name])
-
-
-def has_kernel(module: nn.Module) -> bool:
-    """Whether this is a layer to factor, one that is, or one that must be refused rather than overlooked."""
-    return isinstance(module, (SVFLayer, nn.Linear, nn.modules.conv._ConvNd))
 
 
 def modules_under(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:

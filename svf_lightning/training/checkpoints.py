@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from svf_lightning.backbones.efficientnet import rename_zoomed
+
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint of Lightning.
@@ -26,6 +28,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} is no checkpoint of a run: it has no state_dict; `svf convert` takes others"
         )
+    content["state_dict"] = rename_zoomed(content["state_dict"])  # as earlier versions called its tensors
     return content
 
 

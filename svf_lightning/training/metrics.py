@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from svf_lightning.episode import IGNORE
 
@@ -33,9 +34,9 @@ def confusion_matrix(prediction: Tensor, target: Tensor, labels: int = 2) -> Ten
         tensor([[1, 1],
                 [0, 1]])
     """
-    counted = target != IGNORE
-    pairs = labels * target[counted].long() + prediction[counted].long()
-    return torch.bincount(pairs, minlength=labels**2).view(labels, labels)
+    return multiclass_confusion_matrix(
+        prediction, target, labels, ignore_index=IGNORE, validate_args=False
+    )  # unvalidated: a check of every pixel would cost more than the count
 
 
 def intersection_and_union(prediction: Tensor, target: Tensor, labels: int = 2) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from svf_lightning.backbones.efficientnet import rename_zoomed
 from svf_lightning.episode import Episode, Prediction
 from svf_lightning.models.blocks import resize
 from svf_lightning.objects import build_object, check_trust
@@ -212,6 +213,7 @@ class FewShotSegmenter(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_identity(checkpoint.get("svf_lightning", {}), self.identity)
+        checkpoint["state_dict"] = rename_zoomed(checkpoint["state_dict"])
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]

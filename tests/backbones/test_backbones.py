@@ -20,11 +20,12 @@ from torchvision.models import resnet101 as torchvision_resnet101
 from torchvision.models.vgg import cfgs, make_layers
 
 from svf_lightning.backbones.backbone import Backbone
-from svf_lightning.backbones.efficientnet import efficientnet_lite0
+from svf_lightning.backbones.efficientnet import efficientnet_lite0, rename_zoomed
 from svf_lightning.backbones.resnet import resnet50, resnet101
 from svf_lightning.backbones.timm import timm_features
 from svf_lightning.backbones.vgg import vgg16
 from svf_lightning.backbones.weights import load_exactly, read_state_dict
+from svf_lightning.svf.network import apply_svf
 from tests.golden import cases, fill
 
 GOLDEN = {"torchvision": "baseline/r50_1shot", "uniform": "backbones/pfenet_r50"}  # dilation: case
@@ -378,6 +379,44 @@ def test_efficientnet_takes_a_file_in_timms_names(tmp_path):
     state = official.state_dict()
     backbone = efficientnet_lite0(save(dict(reversed(state.items())), tmp_path / "lite0.pth"))
     assert torch.equal(backbone.layer4[1][0].conv_pw.weight, state["blocks.6.0.conv_pw.weight"])
+
+
+def before_the_renaming(backbone):
+    """The state dict of a zoomed backbone when the enlargement was a layer of its own, ``layer0.0``."""
+    old = nn.ModuleDict(dict(backbone.named_children()))
+    old["layer0"] = nn.Sequential(nn.Identity(), *backbone.layer0)
+    return old.state_dict()
+
+
+def test_zoom_changes_no_name_and_enlarges_what_the_first_stage_sees():
+    plain, zoomed = efficientnet_lite0(None), efficientnet_lite0(None, zoom=1.5)
+    assert list(plain.state_dict()) == list(zoomed.state_dict())
+    plain.load_state_dict(zoomed.state_dict())
+    x = torch.rand(1, 3, 33, 33)
+    enlarged = nn.functional.interpolate(x, (49, 49), mode="bilinear", align_corners=True)
+    for ours, theirs in zip(zoomed(x), plain(enlarged), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("prefix", ["", "model.backbone.", "model.base_backbone."])
+@pytest.mark.parametrize("stages", [[], ["layer0"]], ids=["plain stem", "factored stem"])
+def test_a_checkpoint_of_a_zoomed_network_gets_todays_names(prefix, stages):
+    backbone = apply_svf(efficientnet_lite0(None, zoom=1.5), stages)
+    new = {f"{prefix}{name}": value for name, value in backbone.state_dict().items()}
+    old = {f"{prefix}{name}": value for name, value in before_the_renaming(backbone).items()}
+    beside = {"model.cls_meta.0.weight": torch.zeros(1), "model.layer0.1.weight": torch.zeros(1)}
+    assert old.keys() != new.keys()
+    renamed = rename_zoomed(beside | old)
+    assert list(renamed) == list(beside | new)
+    assert all(renamed[name] is value or torch.equal(renamed[name], value) for name, value in new.items())
+    for state in (renamed, new):
+        assert list(rename_zoomed(state)) == list(state)
+
+
+@pytest.mark.parametrize("build", [resnet50, vgg16, efficientnet_lite0])
+def test_other_networks_keep_their_names(build):
+    names = list(build(weights=None).state_dict())
+    assert list(rename_zoomed(dict.fromkeys(names))) == names
 
 
 def test_an_efficientnet_file_in_another_order_is_refused(packaged, tmp_path):

@@ -25,6 +25,7 @@ from svf_lightning.finetune import (
     svf,
     vpt,
 )
+from svf_lightning.runs import export
 from svf_lightning.svf.network import merge_svf, singular_values
 
 needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs the extra [peft]")
@@ -275,9 +276,9 @@ def test_a_checkpoint_brings_the_trained_backbone_back(strategy):
         ("svf both", merge_svf),
         ("svf usv", merge_svf),
         ("rotation", merge_svf),
-        ("scale output", channel_scale.merge),
-        ("scale input tap", channel_scale.merge),
-        ("scale input", channel_scale.merge),
+        ("scale output", export.merge),
+        ("scale input tap", export.merge),
+        ("scale input", export.merge),
         pytest.param("lora", lora.merge, marks=needs_peft),
         pytest.param("dora", lora.merge, marks=needs_peft),
         pytest.param("lora on a transformer", lora.merge, marks=needs_peft),

@@ -253,7 +253,8 @@ class Counting(nn.Module):
 
     def __init__(self, takes: int | None) -> None:
         super().__init__()
-        self.backbone, self.takes, self.any_shot = colours(), takes, takes is None
+        self.backbone, self.takes = colours(), takes
+        self.any_shot = takes is None
         self.seen: list[tuple[int, ...]] = []
 
     def forward(self, episode: Episode) -> Prediction:

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from svf_lightning.backbones.efficientnet import efficientnet_lite0
 from svf_lightning.backbones.resnet import resnet50
 from svf_lightning.finetune import bn, rotation, svf
 from svf_lightning.svf import files as singular_files
@@ -286,3 +287,15 @@ def test_files_that_differ_in_directions_alone_are_not_mixed():
 def test_the_fingerprint_is_the_same_before_and_after_factoring_and_training():
     layers = ["layer2.0", "layer2.2", "layer2.3"]
     assert singular_files.fingerprint(fresh().backbone, layers) == singular_files.collect(trained()).base
+
+
+def test_files_from_before_the_stem_of_a_zoomed_network_was_renamed_still_fit():
+    backbone = efficientnet_lite0(None, zoom=1.5)
+    before = nn.ModuleDict(copy.deepcopy(dict(backbone.named_children())))
+    before["layer0"] = nn.Sequential(nn.Identity(), *before["layer0"])  # the enlargement was a layer
+    svf.prepare(before, ["layer4"])
+    with torch.no_grad():
+        before["layer4"][0][0].conv_pw.s.mul_(2)
+    singular_files.load(backbone, singular_files.collect(before))
+    values = backbone.layer4[0][0].conv_pw.s
+    torch.testing.assert_close(values, before["layer4"][0][0].conv_pw.s, rtol=0, atol=0)
