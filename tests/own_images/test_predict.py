@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,9 @@ from svf_lightning.own_images import command, predict
 from svf_lightning.own_images.command import find_queries
 from svf_lightning.own_images.predict import FewShotPredictor, Segmentation
 from svf_lightning.own_images.supports import support_pairs
-from svf_lightning.runs import run as runs
+from svf_lightning.runs.run import load_run
 
+EARLIER_RUN = Path(__file__).parents[1] / "runs" / "earlier_run"
 GREEN, RED, BLUE, YELLOW = (30, 160, 40), (220, 30, 30), (30, 40, 220), (220, 210, 30)
 
 
@@ -433,7 +435,7 @@ def test_supports_without_a_name_are_one_class(examples):
             ["--support-image", "E/images/red", "--support-mask", "E/masks/red/a.png"],
             "is a folder and the other not",
         ),
-        (["--support", "E", "--checkpoint", "nowhere"], "no config.yaml|is no|not a run|no run"),
+        (["--support", "E", "--checkpoint", "nowhere"], "nowhere is not a run folder: it has no config.yaml"),
         (["--support", "E", "--image-size", "5"], "image_size is 5; use 32 pixels or more"),
         (["--support", "E", "--batch-size", "0"], "batch_size is 0; use 1 or more"),
         (["--support", "E", "--shots", "0"], "shots is 0; use 1 or more"),
@@ -558,31 +560,19 @@ def test_an_interruption_leaves_an_account_of_what_was_done(examples, queries, t
     assert report["not_done"] == [str(queries / "deep/red.png")]
 
 
-def test_a_run_whose_data_is_gone_still_predicts(tmp_path, examples, monkeypatch):
+def test_a_run_whose_data_is_gone_still_predicts(tmp_path, examples):
     """The classes of a folder are known from its files, but a prediction needs none of them."""
-
-    asked = []
-    monkeypatch.setattr(runs, "data_source", lambda config: asked.append(1))
-    monkeypatch.setattr(runs, "tested_checkpoint", lambda folder: folder)
-    monkeypatch.setattr(runs, "load_checkpoint", lambda path: {"state_dict": {}})
-
-    class Segmenter:
-        model, identity = Counting(None), {}
-
-        def load_state_dict(self, state):
-            pass
-
-        def eval(self):
-            return self
-
-    monkeypatch.setattr(runs, "build_segmenter", lambda config, classes: Segmenter())
-    monkeypatch.setattr(runs, "build_strategy", lambda config: lambda backbone: None)
     folder = tmp_path / "run"
-    folder.mkdir()
-    config = {"shot": 1, "data": {"image_size": 40}, "backbone": {}, "model": {"network": {}}, "fold": 0}
+    shutil.copytree(EARLIER_RUN, folder)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["data"]["source"] = {
+        "_target_": "svf_lightning.data.folder.Folder",
+        "root": str(tmp_path / "gone"),
+    }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(FileNotFoundError, match="gone"):
+        load_run(folder)  # asks for the classes under test
 
     it = FewShotPredictor(folder, device="cpu").fit(examples)
-    assert it.letterbox.size == 40
+    assert it.letterbox.size == config["data"]["image_size"] == 65
     assert it.predict([BOTH])[0].mask.shape == (64, 48)
-    assert asked == []
