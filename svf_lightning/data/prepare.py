@@ -1,4 +1,4 @@
-"""From the archives that data sets are published as to the folders that training reads.
+"""Unpack the published archives of PASCAL and COCO into the folders that training reads.
 
 Sources are archives (tar, compressed or not, and zip) or the folders they unpack to. Every file is written
 under another name and then renamed, and one that is there with its full size is not written again: so an

@@ -1,4 +1,4 @@
-"""Segment your own pictures: a few examples with masks in, masks and overlays of any number of pictures out.
+"""Segment your own pictures by a few examples with masks.
 
     predictor = FewShotPredictor()                              # or FewShotPredictor("runs/NAME")
     predictor.fit({"cup": ["a.jpg", "b.jpg"]}, {"cup": ["a.png", "b.png"]})

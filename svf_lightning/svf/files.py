@@ -1,16 +1,14 @@
-"""Kilobyte files: what a run trained in its backbone, for the base weights that it started from.
+"""Kilobyte files: the singular values that a run trained, for the pretrained weights it started from.
 
 A file (safetensors) holds the singular values of the factored layers, not the factors: those come back from
-decomposing the base weights once more. That is only right if the decomposition finds the same directions in
-the same order, so a file also says what it was trained on:
+decomposing the base weights again. They must have the same directions in the same order, so a file also has:
 
 - the SHA-256 of every frozen tensor of the backbone that no factor touches, names included;
 - per singular value one half-precision number that depends on its two directions but not on their common
   sign, which the decomposition leaves open. Values that are equal, or zero, have no directions of their own,
   and another machine may find others; this number shows that, too.
 
-A file does not fit other base weights, and loading it onto them is an error that names both. Files that do
-fit the same base weights can be mixed: their values are, by linearity, mixtures of kernels.
+Loading a file onto other base weights is an error that names both. Files for the same ones can be blended.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""What happens around training, one small thing a callback."""
+"""Callbacks of a run: fine-tuning, cached features, pictures, singular values, progress."""
 
 import logging
 from collections.abc import Callable

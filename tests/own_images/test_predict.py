@@ -565,12 +565,10 @@ def test_a_run_whose_data_is_gone_still_predicts(tmp_path, examples):
     folder = tmp_path / "run"
     shutil.copytree(EARLIER_RUN, folder)
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    config["data"]["source"] = {
-        "_target_": "svf_lightning.data.folder.Folder",
-        "root": str(tmp_path / "gone"),
-    }
+    lost = str(tmp_path / "lost_photos")
+    config["data"]["source"] = {"_target_": "svf_lightning.data.folder.Folder", "root": lost}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    with pytest.raises(FileNotFoundError, match="gone"):
+    with pytest.raises(FileNotFoundError, match="lost_photos does not exist"):
         load_run(folder)  # asks for the classes under test
 
     it = FewShotPredictor(folder, device="cpu").fit(examples)
