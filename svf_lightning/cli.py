@@ -42,9 +42,9 @@ def report(
     for title, grid in tables.published(results, table) if table else tables.report(results):
         console.print(title, grid, sep="\n", highlight=False)
     if figures:
-        from svf_lightning.analysis import report_figures as drawings
+        from svf_lightning.analysis import report_figures
 
-        for path in drawings.draw(runs, results):
+        for path in report_figures.draw(runs, results):
             typer.echo(path)
 
 

@@ -1,4 +1,4 @@
-"""What the user did wrong ends in one line; what we did wrong ends in a traceback."""
+"""Show a user's mistake as one line; a bug still ends in a traceback."""
 
 import functools
 import os

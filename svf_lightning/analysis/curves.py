@@ -1,4 +1,4 @@
-"""Validation curves of runs, from the tables that the csv logger leaves: the paper's figure 1."""
+"""Validation curves of runs, read from their csv logs: the paper's figure 1."""
 
 import csv
 from pathlib import Path

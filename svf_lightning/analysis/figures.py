@@ -1,4 +1,4 @@
-"""Pictures for people who would rather look."""
+"""Draw figures: test episodes, changes of singular values, validation curves."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

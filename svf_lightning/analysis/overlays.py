@@ -1,4 +1,4 @@
-"""Masks drawn over their pictures: several classes in one, and many pictures on one sheet."""
+"""Draw masks over pictures, and many pictures on one contact sheet."""
 
 import colorsys
 from collections.abc import Mapping, Sequence

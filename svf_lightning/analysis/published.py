@@ -1,4 +1,4 @@
-"""Tables 5 to 13 of the SVF paper: which strategy stands in which row, and what it scored there.
+"""Tables 5 to 13 of the SVF paper: the strategy and the scores of each row.
 
 Sun et al., Singular Value Fine-tuning, NeurIPS 2022, arXiv:2206.06122. Novel-class mIoU in percent of the
 paper's baseline method on PASCAL-5i with ResNet-50, 1 shot, with the training trick.

@@ -1,4 +1,4 @@
-"""The figures of a report: which are drawn of which runs, and where they go."""
+"""Draw the figures of `svf report --figures` into the folders of the runs."""
 
 from pathlib import Path
 from typing import Any

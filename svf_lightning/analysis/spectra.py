@@ -1,4 +1,4 @@
-"""How singular values moved in training: arrays for the paper's figures 2 to 6.
+"""How singular values changed in training, for the paper's figures 2 to 6.
 
 ``spectra.npz``, which the callback ``SpectraLog`` writes into a run's folder, has ``epochs (E,)``, how many
 were finished, beginning with 0, and per factored layer its values ``(E, R)``.

@@ -1,4 +1,4 @@
-"""Tables for people who compare: one run's scores, and folds by strategies over many runs."""
+"""Print tables of scores: of one run, of an evaluation, and of many runs by strategy and fold."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""A pretrained network seen as five stages, ``layer0`` to ``layer4``, and a list of their features."""
+"""The interface of all backbones: five stages, ``layer0`` to ``layer4``, and a list of their features."""
 
 from collections.abc import Sequence
 

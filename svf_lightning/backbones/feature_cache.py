@@ -1,4 +1,4 @@
-"""Features of an image computed once, however many episodes show it."""
+"""Keep the backbone's features of images, so that an image met again is not computed again."""
 
 import hashlib
 from collections import OrderedDict

@@ -1,4 +1,4 @@
-"""Read weight files and load them exactly: every key, every shape, or one clear line saying why not."""
+"""Read weight files and load them into a network; every key and shape must fit."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

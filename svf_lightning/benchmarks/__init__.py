@@ -1,1 +1,1 @@
-"""Measurements that `svf benchmark` repeats."""
+"""Measurements of time and memory, run by `svf benchmark`."""

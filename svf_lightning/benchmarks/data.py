@@ -1,4 +1,4 @@
-"""How many episodes one loading process makes in a second, where its time goes, and what else was tried.
+"""`svf benchmark data`: episodes per second of one loading process, and the time of each step.
 
     svf benchmark data
 

@@ -1,14 +1,14 @@
-"""What a training step of each method costs here, beside its plain transcription: CPU time and memory.
+"""`svf benchmark methods`: time and memory of a training step of each method, beside the official way.
 
     OMP_NUM_THREADS=1 svf benchmark methods                     # all methods, 1 and 5 shots; minutes
     OMP_NUM_THREADS=1 svf benchmark methods --method cyctr --shot 5 --side 193 --finetune frozen
 
-Plain is what the official codes do, with our own modules and so with the same result; the last column says
-how near. It has a backbone pass for the query and one for each shot, the prior mask image by image with the
-whole similarity left to autograd, attention with its whole matrix, and HSNet once per shot. A step is loss,
-gradient and nothing else; the backbone is a ResNet-50 with random weights. The time is the smallest of a few
-steps, in CPU seconds of the process; memory is what the process grew by at its peak. Each cell is a process
-of its own.
+The official way ("plain" in the table) is what the official codes do, with our own modules and so with the
+same result; the last column says how near. It has a backbone pass for the query and one for each shot, the
+prior mask image by image with the whole similarity left to autograd, attention with its whole matrix, and
+HSNet once per shot. A step is loss, gradient and nothing else; the backbone is a ResNet-50 with random
+weights. The time is the smallest of a few steps, in CPU seconds of the process; memory is what the process
+grew by at its peak. Each cell is a process of its own.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""What Lightning, logging and checkpoints add to a training step of the main job.
+"""`svf benchmark overhead`: what Lightning, logging and checkpoints add to a training step.
 
     svf benchmark overhead --steps 30
 

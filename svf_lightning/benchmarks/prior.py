@@ -1,6 +1,8 @@
-"""What the prior mask costs in training: all cosines kept for the gradient, or the best of each position.
+"""`svf benchmark prior`: time and memory of the prior mask in training, in two ways.
 
     OMP_NUM_THREADS=1 svf benchmark prior                       # features as at 473 pixels; a minute
+
+One way keeps all cosines for the gradient, the other only the best of each position.
 
 CPU seconds of the process for forward and gradient, and what the process grew by at its peak; each cell is a
 process of its own, and the last column says how near the two gradients are.

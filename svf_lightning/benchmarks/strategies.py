@@ -1,4 +1,4 @@
-"""What every way of fine-tuning costs: time and memory of a training step, and the time of an evaluation.
+"""`svf benchmark strategies`: time and memory of every fine-tune strategy, in training and evaluation.
 
     svf benchmark strategies
     svf benchmark strategies --strategy svf --strategy svf_rank30 --dtype bfloat16 --channels-last

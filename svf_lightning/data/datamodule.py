@@ -1,4 +1,4 @@
-"""The stages of a run and their loaders: base classes for training, others for validation and test."""
+"""The LightningDataModule: base classes for training, other classes for validation and test."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace

@@ -1,4 +1,4 @@
-"""Episodes: which images may be drawn, which are drawn, and how they become tensors.
+"""Episodes: draw a class, its query and its supports, and turn them into tensors.
 
 The rules are those of the PASCAL-5i and COCO-20i protocol as BAM and SVF run it:
 

@@ -1,4 +1,4 @@
-"""Finding out what a user's folder holds: pictures, masks, class names, and what does not fit together.
+"""Find out what a user's folder holds: pictures, masks, class names, and what does not fit together.
 
 Nothing here opens a picture, and nothing that is wrong with one file hides another.
 """

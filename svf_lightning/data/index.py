@@ -1,4 +1,4 @@
-"""The index of a data set, and the one place where its images and labels are read from files.
+"""The index of a data set: its images, and how many pixels of every class each one shows.
 
 An index says which images there are and how many pixels of every class each one shows. That is all an
 episode sampler needs to know, and counting takes a decode of every file, so it is done once and kept in a

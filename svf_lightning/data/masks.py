@@ -1,4 +1,4 @@
-"""Masks as people have them, and which way round their picture lies.
+"""Turn the masks that people draw into 0, 1 and 255, turned the way that their picture is shown.
 
 Tools store one and the same mask as 0/1, 0/255, white, red or transparent, in 1, 8, 16 or 32 bits, with a
 palette or without. Here all of them become the mask values of this package: 0 background, 1 the class,

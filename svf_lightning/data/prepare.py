@@ -1,4 +1,4 @@
-"""From the archives that data sets are published as to the folders that training reads.
+"""Unpack the published archives of PASCAL and COCO into the folders that training reads.
 
 The list of training images comes last; until then the data set counts as absent. Files of a folder are
 linked, not copied, where the file system can.

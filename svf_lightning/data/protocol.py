@@ -1,4 +1,4 @@
-"""What a score was measured on: two scores compare only where their protocols agree."""
+"""What a score was measured on (its protocol): scores compare only where their protocols agree."""
 
 import hashlib
 from dataclasses import asdict, dataclass

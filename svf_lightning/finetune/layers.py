@@ -1,4 +1,4 @@
-"""Which layers a strategy means: those of some stages, and of some kernel sizes."""
+"""Find the layers that a strategy trains: those of given stages and kernel sizes."""
 
 from collections.abc import Sequence
 

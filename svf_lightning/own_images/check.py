@@ -1,4 +1,4 @@
-"""What ``svf check`` says about a folder: what was understood, and everything that is wrong."""
+"""`svf check`: report what was found in a folder of images, and every problem in it."""
 
 import hashlib
 import json

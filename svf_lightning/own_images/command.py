@@ -1,4 +1,4 @@
-"""What ``svf predict`` does: find the pictures, segment them, write the results, report."""
+"""`svf predict`: find the pictures, segment them, write the results, report."""
 
 import glob
 import json

@@ -1,4 +1,4 @@
-"""Segment your own pictures: a few examples with masks in, masks and overlays of any number of pictures out.
+"""Segment your own pictures by a few examples with masks.
 
     predictor = FewShotPredictor()                              # or FewShotPredictor("runs/NAME")
     predictor.fit({"cup": ["a.jpg", "b.jpg"]}, {"cup": ["a.png", "b.png"]})
@@ -137,8 +137,8 @@ class FewShotPredictor:
         self.batch_size = batch_size
         backbone = self.model.backbone
         # For as long as this object lives: supports, and a picture in which several classes are sought.
-        self._memory = ExitStack()
-        self._memory.enter_context(remember_features(backbone))
+        self._cache = ExitStack()
+        self._cache.enter_context(remember_features(backbone))
         # Padding as in training. The protocol tests on black, which heads take for an object's border.
         self.letterbox = Letterbox(image_size or 256, backbone.mean, backbone.std, pad="mean")
         self.supports: dict[str, tuple[Tensor, Tensor]] = {}  # (K, 3, T, T) and (K, T, T) of each class

@@ -1,4 +1,4 @@
-"""The first stage of a BAM run: train the base learner, alone or because a run needs one."""
+"""Train BAM's base learner, the first stage of a BAM run: alone, or because a run needs one."""
 
 import json
 import logging

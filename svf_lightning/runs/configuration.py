@@ -1,4 +1,4 @@
-"""The configuration of a run: composed, checked, saved, and turned into objects."""
+"""The configuration of a run: compose it, check it, save it, and build objects from it."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""An official checkpoint becomes a run folder, as if train.py had trained it."""
+"""Turn an official checkpoint into a run folder, as if train.py had trained it."""
 
 from collections.abc import Sequence
 from pathlib import Path

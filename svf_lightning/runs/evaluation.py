@@ -1,4 +1,4 @@
-"""A finished run is tested again: more episodes, other seeds, other shots, or episodes from a list."""
+"""Test a finished run again: more episodes, other seeds, other shots, or episodes from a list."""
 
 import json
 import logging

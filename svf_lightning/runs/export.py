@@ -1,4 +1,4 @@
-"""What leaves a run: plain weights, kilobyte files, ONNX models."""
+"""Export a run: as plain weights, as a kilobyte file of singular values, or as an ONNX model."""
 
 import copy
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""The files in a run's folder: checkpoints to resume or to test, and results of earlier runs."""
+"""Find and move the files in a run's folder: checkpoints, and results of earlier runs."""
 
 import logging
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Official checkpoints in, our models out."""
+"""Load official checkpoints into the models of this package."""
 
 import re
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""The results of a run: scores, what they depend on, and the files that hold them."""
+"""The results of a run: its scores, what they depend on, and the files they are written to."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""A run: built from its configuration, and rebuilt from the folder that it left behind.
+"""Build a run from its configuration, and rebuild it from its folder.
 
     runs/<name>/config.yaml             every value, resolved
     runs/<name>/checkpoints/            last.ckpt, and best.ckpt where validation chooses

@@ -1,14 +1,14 @@
-"""Kilobyte files: what a run trained in its backbone, for the base weights that it started from.
+"""Kilobyte files: the singular values that a run trained, for the pretrained weights it started from.
 
 A file (safetensors) holds the singular values of the factored layers, not the factors: those come back from
-decomposing the base weights once more. That is only right if the decomposition finds the same directions in
-the same order, so a file also says what it was trained on:
+decomposing the base weights again. They must have the same directions in the same order, so a file also has:
 
 - the SHA-256 of every frozen tensor of the backbone that no factor touches, names included;
 - per singular value one half-precision number that depends on its two directions but not on their common
-  sign, which the decomposition leaves open. It also shows where equal or zero values got other directions.
+  sign, which the decomposition leaves open. Values that are equal, or zero, have no directions of their own,
+  and another machine may find others; this number shows that, too.
 
-Loading a file onto other base weights is an error that names both. Files for the same ones can be mixed.
+Loading a file onto other base weights is an error that names both. Files for the same ones can be blended.
 """
 
 import hashlib
@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svf_lightning.backbones.efficientnet import name_before
 from svf_lightning.svf.layer import SVFLayer
 
 FORMAT = "svf_lightning singular values 1"
@@ -110,8 +109,7 @@ def fingerprint(backbone: nn.Module, layers: Iterable[str], trained: Iterable[st
     digest = hashlib.sha256()
     for name, value in sorted(backbone.state_dict().items()):
         if name not in left_out:
-            known_as = name_before(backbone, name)  # so that files from before a renaming fit
-            digest.update(f"{known_as} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

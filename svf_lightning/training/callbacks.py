@@ -1,4 +1,4 @@
-"""What happens around training, one small thing a callback."""
+"""Callbacks of a run: fine-tuning, cached features, pictures, singular values, progress."""
 
 import logging
 from collections.abc import Callable, Mapping, Sized
@@ -206,19 +206,19 @@ class RememberFeatures(Callback):
 
     def __init__(self, megabytes: int = 2048) -> None:
         self.megabytes = megabytes
-        self.memory = ExitStack()
+        self.cache = ExitStack()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model: Any = pl_module.model
-        self.memory.enter_context(remember_features(model.backbone, self.megabytes))
+        self.cache.enter_context(remember_features(model.backbone, self.megabytes))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.memory.close()
+        self.cache.close()
 
     on_test_start, on_test_end = on_validation_start, on_validation_end
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.memory.close()
+        self.cache.close()
 
 
 class EpisodePictures(Callback):

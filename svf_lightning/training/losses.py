@@ -1,4 +1,4 @@
-"""Losses of an episode. The ignore label is handled here and nowhere else."""
+"""Losses of an episode. Pixels with the ignore label (255) are left out here."""
 
 import torch
 from torch import Tensor

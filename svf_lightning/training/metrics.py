@@ -1,4 +1,4 @@
-"""Intersection over union as few-shot segmentation counts it: sums first, one division last."""
+"""mIoU and FB-IoU: intersections and unions are summed over all episodes, then divided once."""
 
 from collections.abc import Iterable
 

@@ -9,8 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from svf_lightning.analysis import curves, spectra
-from svf_lightning.analysis import report_figures as drawings
+from svf_lightning.analysis import curves, report_figures, spectra
 from svf_lightning.finetune import svf
 from svf_lightning.svf.network import merge_svf
 from svf_lightning.training.callbacks import SpectraLog
@@ -141,7 +140,7 @@ def test_a_missing_broken_or_headless_file_is_refused_by_name(tmp_path):
 
 
 def finished(folder, strategy, fold=0, seed=0, mious=(0.25, 0.5)):
-    """What a run leaves behind, as far as drawings need it."""
+    """What a run leaves behind, as far as figures need it."""
     (folder / "csv").mkdir(parents=True)
     rows = [f"{epoch},{step},,{miou}" for epoch, (step, miou) in enumerate(enumerate(mious))]
     (folder / "csv" / "metrics.csv").write_text(
@@ -193,7 +192,7 @@ def test_every_run_with_spectra_gets_its_figures_and_all_together_their_curves(t
         epochs=[0, 1],
         **{"layer2.0.conv1": np.stack([values, values**1.01]), "layer3.0.conv1": np.ones((2, 4))},
     )
-    drawn = drawings.draw(tmp_path, results)
+    drawn = report_figures.draw(tmp_path, results)
     assert {path.relative_to(tmp_path).as_posix() for path in drawn} == {
         "a/figures/spectra_largest_layer2.png",
         "a/figures/spectra_largest_layer3.png",
@@ -210,4 +209,4 @@ def test_nothing_to_draw_is_an_error_that_says_so(tmp_path):
     result = finished(tmp_path / "a", "svf")
     (tmp_path / "a" / "csv" / "metrics.csv").unlink()
     with pytest.raises(FileNotFoundError, match="to draw"):
-        drawings.draw(tmp_path, [result])
+        report_figures.draw(tmp_path, [result])

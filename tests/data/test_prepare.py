@@ -151,7 +151,7 @@ def test_what_was_prepared_gives_episodes_of_disjoint_classes(voc_archives, tmp_
 
 
 def test_the_published_numbers_are_those_of_the_protocol():
-    # reference/protocol.md, section 2: with the training trick, without, test
+    # The authors' lists: with the training trick, without, test
     with_trick, without, test = zip(*PASCAL_FOLD_IMAGES, strict=True)
     assert with_trick == (4208, 3726, 2752, 4510)
     assert without == (4760, 4588, 4097, 5108)

@@ -3,11 +3,13 @@
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
@@ -20,7 +22,9 @@ from svf_lightning.own_images import command, predict
 from svf_lightning.own_images.command import find_queries
 from svf_lightning.own_images.predict import FewShotPredictor, Segmentation
 from svf_lightning.own_images.supports import support_pairs
+from svf_lightning.runs.run import load_run
 
+EARLIER_RUN = Path(__file__).parents[1] / "runs" / "earlier_run"
 GREEN, RED, BLUE, YELLOW = (30, 160, 40), (220, 30, 30), (30, 40, 220), (220, 210, 30)
 
 
@@ -253,8 +257,7 @@ class Counting(nn.Module):
 
     def __init__(self, takes: int | None) -> None:
         super().__init__()
-        self.backbone, self.takes = colours(), takes
-        self.any_shot = takes is None
+        self.backbone, self.takes, self.any_shot = colours(), takes, takes is None
         self.seen: list[tuple[int, ...]] = []
 
     def forward(self, episode: Episode) -> Prediction:
@@ -432,7 +435,7 @@ def test_supports_without_a_name_are_one_class(examples):
             ["--support-image", "E/images/red", "--support-mask", "E/masks/red/a.png"],
             "is a folder and the other not",
         ),
-        (["--support", "E", "--checkpoint", "nowhere"], "no config.yaml|is no|not a run|no run"),
+        (["--support", "E", "--checkpoint", "nowhere"], "nowhere is not a run folder: it has no config.yaml"),
         (["--support", "E", "--image-size", "5"], "image_size is 5; use 32 pixels or more"),
         (["--support", "E", "--batch-size", "0"], "batch_size is 0; use 1 or more"),
         (["--support", "E", "--shots", "0"], "shots is 0; use 1 or more"),
@@ -557,9 +560,17 @@ def test_an_interruption_leaves_an_account_of_what_was_done(examples, queries, t
     assert report["not_done"] == [str(queries / "deep/red.png")]
 
 
-def test_a_run_whose_data_is_gone_still_predicts(examples):
-    """A real run, trained on a data set that is not there; its classes are of no use to a prediction."""
-    run = Path(__file__).parents[1] / "runs" / "earlier_run"
-    it = FewShotPredictor(run, device="cpu").fit(examples)
-    assert it.letterbox.size == 65
+def test_a_run_whose_data_is_gone_still_predicts(tmp_path, examples):
+    """The classes of a folder are known from its files, but a prediction needs none of them."""
+    folder = tmp_path / "run"
+    shutil.copytree(EARLIER_RUN, folder)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    lost = str(tmp_path / "lost_photos")
+    config["data"]["source"] = {"_target_": "svf_lightning.data.folder.Folder", "root": lost}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(FileNotFoundError, match="lost_photos does not exist"):
+        load_run(folder)  # asks for the classes under test
+
+    it = FewShotPredictor(folder, device="cpu").fit(examples)
+    assert it.letterbox.size == config["data"]["image_size"] == 65
     assert it.predict([BOTH])[0].mask.shape == (64, 48)

@@ -82,7 +82,7 @@ def test_the_configuration_of_an_evaluation_is_what_evaluate_takes():
     inspect.signature(evaluate).bind(folder, **arguments)
 
 
-# The number of episodes and the seeds: ../shared/reference/protocol.md, section 4.
+# The number of episodes and the seeds of the official test scripts.
 PROTOCOLS = {
     "bam": (1000, [510, 365, 382, 322, 988]),
     "svf": (1000, [321]),
@@ -110,7 +110,7 @@ def test_a_data_set_asks_for_transform_settings_that_exist(data):
 # -- experiments
 
 # (data set, method, strategy, head's learning rate, schedule, batch, epochs, novel images, test episodes):
-# ../shared/reference/protocol.md, sections 3, 4 and 7.
+# The settings of the official training scripts.
 PASCAL, COCO = ("Pascal", 200), ("Coco", 50)
 EXPECTED = {
     "table01_baseline_original": (*PASCAL, "Baseline", "frozen", 0.05, "poly", 8, "drop", 1000),
