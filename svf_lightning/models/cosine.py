@@ -1,7 +1,7 @@
-"""The smallest method that learns: cosine similarity with the prototype. A template for your own.
+"""A minimal method, to copy: a prototype per episode, and a small head that reads its cosine with the query.
 
-The prototype is the average feature under the supports' masks, as in SG-One (Zhang et al., IEEE Trans.
-Cybernetics 50(9), 2020); scale and threshold are learned. Copy this file and conf/model/cosine.yaml.
+Idea: Zhang et al., SG-One, IEEE Trans. Cybernetics 50(9), 2020. Written from that description; no code was
+taken. What the files of a method have to hold: docs/adding_a_method.md.
 """
 
 import torch
@@ -10,34 +10,36 @@ from torch.nn import functional as F
 
 from svf_lightning.backbones.backbone import Backbone
 from svf_lightning.episode import Episode, Prediction
-from svf_lightning.models.blocks import foreground, masked_average_pool, resize
+from svf_lightning.models.blocks import conv_relu, foreground, masked_average_pool, one_batch, resize
 
 
 class Cosine(nn.Module):
-    """Call a query position foreground where its feature points the way of the supports' prototype.
+    """Segment the query by its features, the class's prototype and their cosine similarity.
 
     Args:
         backbone: Five stages.
-        stage: The one whose features are compared, 0 to 4.
+        stage: The stage whose features are compared, 0 to 4.
+        channels: Width of the head.
     """
 
-    any_shot = True  # takes another number of shots than it was trained with
+    any_shot = True  # whether any number of shots fits
 
-    def __init__(self, backbone: Backbone, *, stage: int = 3) -> None:
+    def __init__(self, backbone: Backbone, *, stage: int = 3, channels: int = 64) -> None:
         super().__init__()
         self.backbone, self.stage = backbone, stage
-        self.scale = nn.Parameter(torch.tensor(10.0))
-        self.threshold = nn.Parameter(torch.tensor(0.5))
+        width = 2 * backbone.channels[stage] + 1
+        self.head = nn.Sequential(*conv_relu(width, channels), nn.Conv2d(channels, 2, 1))
 
     def forward(self, episode: Episode) -> Prediction:
-        """Logits ``(B, 2, H, W)`` at the query's size, from any number of supports."""
-        query = self.backbone(episode.query_image)[self.stage]  # (B, C, h, w)
-        supports = self.backbone(episode.support_images.flatten(0, 1))[self.stage]  # (BK, C, h, w)
-        masks = foreground(episode.support_masks.flatten(0, 1), supports)  # (BK, H, W), 0 or 1
-        masks = resize(masks[:, None], supports.shape[-2:])[:, 0]  # (BK, h, w)
-        prototypes = masked_average_pool(supports, masks)  # (BK, C)
-        prototype = prototypes.unflatten(0, (len(query), -1)).mean(dim=1)  # (B, C)
-        similarity = F.cosine_similarity(query, prototype[:, :, None, None], dim=1)  # (B, h, w)
-        margin = self.scale * (similarity - self.threshold)
-        logits = torch.stack([torch.zeros_like(margin), margin], dim=1)
+        """Predict the query's mask from any number of supports: logits ``(B, 2, H, W)``."""
+        batch = len(episode.query_image)
+        features = self.backbone(one_batch(episode.query_image, episode.support_images))[self.stage]
+        query, supports = features[:batch], features[batch:]  # (B, C, h, w), (BK, C, h, w)
+
+        masks = foreground(episode.support_masks.flatten(0, 1), features)[:, None]  # (BK, 1, H, W)
+        prototypes = masked_average_pool(supports, resize(masks, supports.shape[-2:])[:, 0])  # (BK, C)
+        prototype = prototypes.unflatten(0, (batch, -1)).mean(dim=1)[:, :, None, None].expand_as(query)
+        similarity = F.cosine_similarity(query, prototype, dim=1)[:, None]  # (B, 1, h, w)
+
+        logits = self.head(torch.cat([query, prototype, similarity], dim=1))  # (B, 2, h, w)
         return Prediction(resize(logits, episode.query_image.shape[-2:]))

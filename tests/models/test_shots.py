@@ -9,6 +9,7 @@ from svf_lightning.backbones.backbone import Backbone
 from svf_lightning.episode import Episode
 from svf_lightning.models.bam import BAM
 from svf_lightning.models.baseline import Baseline
+from svf_lightning.models.cosine import Cosine
 from svf_lightning.models.cyctr import CyCTR
 from svf_lightning.models.hsnet import HSNet
 from svf_lightning.models.pfenet import PFENet
@@ -52,6 +53,7 @@ METHODS = {
     "baseline": lambda: Baseline(backbone(), SHOTS, channels=8, train_down_query=True),
     "pfenet": lambda: PFENet(backbone(), SHOTS, channels=8, bins=(9, 3)),
     "bam": bam,
+    "cosine": lambda: Cosine(backbone(), stage=4, channels=8),
     "cyctr": lambda: CyCTR(backbone(), SHOTS, channels=16),
     "hsnet": lambda: HSNet(backbone(2), SHOTS, channels=8),
 }
@@ -161,7 +163,22 @@ def plain_bam(model, task):
     return final, sum(F.cross_entropy(x, task.query_mask, ignore_index=255) for x in (final, meta))
 
 
-PLAIN = {"baseline": plain_baseline, "pfenet": plain_pfenet, "bam": plain_bam}
+def plain_cosine(model, task):
+    query, size = model.backbone(task.query_image)[4], task.query_image.shape[-2:]
+    prototypes = []
+    for k in range(SHOTS):
+        support = model.backbone(task.support_images[:, k])[4]
+        weight = up((task.support_masks[:, k, None] == 1).double(), support.shape[-2:])
+        area = weight.sum(dim=(2, 3)) + 5e-4
+        prototypes.append(((support * weight).sum(dim=(2, 3)) / area)[:, :, None, None].expand_as(query))
+    prototype = sum(prototypes) / SHOTS
+    product = (query * prototype).sum(dim=1, keepdim=True)
+    similarity = product / (query.norm(dim=1, keepdim=True) * prototype.norm(dim=1, keepdim=True))
+    logits = up(model.head(torch.cat([query, prototype, similarity], dim=1)), size)
+    return logits, F.cross_entropy(logits, task.query_mask, ignore_index=255)
+
+
+PLAIN = {"cosine": plain_cosine, "baseline": plain_baseline, "pfenet": plain_pfenet, "bam": plain_bam}
 
 
 @pytest.mark.parametrize("method", PLAIN)

@@ -20,6 +20,7 @@ FILES = sorted(
     for path in CONF.glob("*/*.yaml")
     if path.parent.name != "protocol"  # a group of evaluate.yaml
 )
+MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
 # What a choice needs beside itself, as its first comment says.
@@ -71,9 +72,57 @@ def test_a_choice_composes_and_names_code_that_takes_its_arguments(file):
     assert {"data", "data.source", "backbone", "model", "model.network", "finetune", "trainer"} <= set(found)
 
 
-@pytest.mark.parametrize("model", [path.stem for path in sorted((CONF / "model").glob("*.yaml"))])
+@pytest.mark.parametrize("model", MODELS)
 def test_a_model_composes_with_its_papers_own_recipe(model):
     check(composed(f"model={model}", "data=pascal", "backbone=resnet50"))
+
+
+# (epochs, validated every, batch, optimizer, rate, weight decay, schedule, foreground weight)
+FOREGROUND = 3.0
+RECIPES = {
+    "baseline": (6, 2, 8, "adamw", 5e-3, 1e-2, "cosine", FOREGROUND),
+    "pfenet": (6, 6, 8, "adamw", 3e-3, 1e-2, "cosine", FOREGROUND),
+    "bam": (3, 3, 8, "adamw", 5e-3, 1e-2, "cosine", FOREGROUND),
+    "cyctr": (6, 6, 8, "adamw", 1e-3, 1e-2, "cosine", None),
+    "hsnet": (6, 6, 8, "adamw", 1e-3, 0.0, "cosine", FOREGROUND),
+    "matcher": (0, 1, 8, "adamw", 5e-3, 1e-2, "constant", None),
+    "cosine": (6, 6, 8, "adamw", 5e-3, 1e-2, "cosine", FOREGROUND),
+}
+
+
+def recipe(*overrides):
+    config = composed(*overrides)
+    model = config["model"]
+    assert config["selection"] == "last"
+    assert (model["epochs"], config["trainer"]["max_epochs"]) == (config["epochs"],) * 2
+    validated = config["trainer"]["check_val_every_n_epoch"]
+    numbers = (model["optimizer"], model["lr"], model["weight_decay"], model["schedule"])
+    weight = model.get("loss", {}).get("foreground_weight")
+    return config["epochs"], validated, config["data"]["batch_size"], *numbers, weight
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_model_has_its_recipe_on_the_built_in_data_set(model):
+    assert recipe("data=emoji", f"model={model}") == RECIPES[model]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_own_images_train_by_the_same_recipe_for_four_epochs(model):
+    epochs, validated, *others = RECIPES[model]
+    epochs, validated = (0, 1) if epochs == 0 else (4, 2 if validated == 2 else 4)
+    assert recipe("data=folder", f"model={model}") == (epochs, validated, *others)
+
+
+@pytest.mark.parametrize("data", ["emoji", "folder"])
+@pytest.mark.parametrize("model", MODELS)
+def test_the_recipe_of_the_paper_is_what_other_data_sets_get(model, data):
+    ours = composed("recipe=paper", f"data={data}", f"model={model}")
+    papers = composed("data=fss1000", f"model={model}", "fold=0")
+    assert ours["epochs"] == papers["epochs"]
+    assert ours["trainer"]["check_val_every_n_epoch"] == 1
+    for config in (ours, papers):
+        config["model"]["network"].pop("source", None)  # BAM's knows its data set
+    assert ours["model"] == papers["model"]
 
 
 def test_the_configuration_of_an_evaluation_is_what_evaluate_takes():
@@ -179,16 +228,3 @@ def test_an_experiment_says_its_command_its_published_numbers_and_their_source(n
         values = [float(value) for value in folds.split()]
         assert len(values) == 4
         assert sum(values) / 4 == pytest.approx(float(mean), abs=0.06)  # CyCTR's row is off by 0.05 in print
-
-
-@pytest.mark.parametrize("data", ["emoji", "folder"])
-@pytest.mark.parametrize("model", [path.stem for path in sorted((CONF / "model").glob("*.yaml"))])
-def test_every_method_gets_the_short_recipe_on_emoji_and_own_images_unless_asked_otherwise(data, model):
-    short = composed(f"data={data}", f"model={model}")
-    check(short)
-    epochs = {"matcher": 0, "bam": 3}.get(model, 6)
-    assert short["epochs"] == (epochs if data == "emoji" or not epochs else 4)
-    assert short["model"]["optimizer"] == "adamw"
-    assert short["selection"] == "last"
-    paper = composed(f"data={data}", f"model={model}", "recipe=paper")
-    assert paper["epochs"] == {"matcher": 0, "hsnet": 2000}.get(model, 200)
