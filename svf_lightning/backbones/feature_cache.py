@@ -1,4 +1,4 @@
-"""Keep the backbone's features of images, so that an image met again is not computed again."""
+"""Features of an image computed once, however many episodes show it."""
 
 import hashlib
 from collections import OrderedDict
@@ -9,15 +9,27 @@ import torch
 from torch import Tensor
 
 from svf_lightning.backbones.backbone import Backbone
+from svf_lightning.episode import Episode
+
+
+class FeatureCache:
+    """What `remember_features` hands out: whoever has the episodes may say which one is being segmented.
+
+    Attributes:
+        episode: Its images are known by their positions in the data set, if it has them. None, or any other
+            image, is known by its pixels, which takes longer.
+    """
+
+    episode: Episode | None = None
 
 
 @contextmanager
-def remember_features(backbone: Backbone, megabytes: int = 2048) -> Iterator[None]:
+def remember_features(backbone: Backbone, megabytes: int = 2048) -> Iterator[FeatureCache]:
     """Within this context the backbone computes no image twice, as long as no gradient is wanted.
 
     A thousand test episodes of a fold show a few hundred images; several classes sought in one picture share
-    its features; and so do all pictures that are compared with the same supports. An image is known by its
-    pixels and its mask, so nothing has to be told who shows what. The weights must not change meanwhile.
+    its features; and so do all pictures that are compared with the same supports. Weights and data set must
+    not change meanwhile.
 
     Args:
         backbone: Its ``forward`` is replaced meanwhile.
@@ -32,6 +44,7 @@ def remember_features(backbone: Backbone, megabytes: int = 2048) -> Iterator[Non
         True
     """
     compute = backbone.forward
+    cache = FeatureCache()
     kept: OrderedDict[bytes, list[Tensor]] = OrderedDict()
     room = megabytes * 2**20
 
@@ -39,7 +52,7 @@ def remember_features(backbone: Backbone, megabytes: int = 2048) -> Iterator[Non
         nonlocal room
         if torch.is_grad_enabled():
             return compute(images, layer4_mask)
-        keys = _keys(images, layer4_mask)
+        keys = _keys(images, layer4_mask, cache.episode)
         features = {key: kept[key] for key in keys if key in kept}
         new = list({key: i for i, key in enumerate(keys) if key not in kept}.values())
         if new:
@@ -56,21 +69,39 @@ def remember_features(backbone: Backbone, megabytes: int = 2048) -> Iterator[Non
 
     backbone.forward = forward  # type: ignore[method-assign]
     try:
-        yield
+        yield cache
     finally:
         del backbone.forward
 
 
-def _keys(images: Tensor, mask: Tensor | None) -> list[bytes]:
-    """A digest of each image with its mask, and of what autocast makes of it."""
+def _keys(images: Tensor, mask: Tensor | None, episode: Episode | None) -> list[bytes]:
+    """A name for each image with its mask, and for what autocast makes of it."""
     device = images.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else images.dtype
-    parts = [images, *([] if mask is None else [mask])]
-    arrays = [part.detach().cpu().contiguous().view(torch.uint8).numpy() for part in parts]
-    return [
-        hashlib.blake2b(b"".join(array[i].tobytes() for array in arrays) + str(dtype).encode()).digest()
-        for i in range(len(images))
-    ]
+    positions = _positions(images, episode)
+    names = _digests(images) if positions is None else [str(position).encode() for position in positions]
+    masks = [b""] * len(images) if mask is None else _digests(mask)
+    kind = f" {positions is None} {mask is None} {dtype} ".encode()
+    return [name + kind + of_mask for name, of_mask in zip(names, masks, strict=True)]
+
+
+def _positions(images: Tensor, episode: Episode | None) -> list[int] | None:
+    """Positions of a batch of images in the data set, if it is an episode's queries, supports, or both."""
+    if episode is None or episode.query_id is None or episode.support_ids is None:
+        return None
+    queries, supports = episode.query_image, episode.support_images.flatten(0, 1)
+    query_ids, support_ids = episode.query_id.tolist(), episode.support_ids.flatten().tolist()
+    if len(images) == len(queries) + len(supports):
+        both = torch.equal(images[: len(queries)], queries) and torch.equal(images[len(queries) :], supports)
+        return query_ids + support_ids if both else None
+    if images.shape == queries.shape and torch.equal(images, queries):
+        return query_ids
+    return support_ids if images.shape == supports.shape and torch.equal(images, supports) else None
+
+
+def _digests(tensor: Tensor) -> list[bytes]:
+    array = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+    return [hashlib.blake2b(row.tobytes()).digest() for row in array]
 
 
 def _size(features: Sequence[Tensor]) -> int:

@@ -206,19 +206,25 @@ class RememberFeatures(Callback):
 
     def __init__(self, megabytes: int = 2048) -> None:
         self.megabytes = megabytes
-        self.cache = ExitStack()
+        self.context = ExitStack()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model: Any = pl_module.model
-        self.cache.enter_context(remember_features(model.backbone, self.megabytes))
+        self.cache = self.context.enter_context(remember_features(model.backbone, self.megabytes))
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        self.cache.episode = batch[0]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.cache.close()
+        self.context.close()
 
     on_test_start, on_test_end = on_validation_start, on_validation_end
+    on_test_batch_start = on_validation_batch_start
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.cache.close()
+        self.context.close()
 
 
 class EpisodePictures(Callback):

@@ -6,6 +6,7 @@ import torch
 
 from svf_lightning.backbones.feature_cache import remember_features
 from svf_lightning.backbones.resnet import resnet50
+from svf_lightning.episode import Episode
 from svf_lightning.own_images.predict import FewShotPredictor
 
 
@@ -80,6 +81,32 @@ def test_half_precision_and_full_precision_are_not_mixed_up(backbone, computed):
         with torch.autocast("cpu", torch.bfloat16):
             half = backbone(IMAGES[:1])
     assert (full[4].dtype, half[4].dtype) == (torch.float32, torch.bfloat16)
+
+
+def numbered(query_id: int, support_id: int, pixels: float) -> Episode:
+    """An episode of one grey support and a darker query."""
+    image = torch.full((1, 3, 33, 33), pixels)
+    mask = torch.ones(1, 33, 33, dtype=torch.long)
+    ids = torch.tensor([query_id]), torch.tensor([[support_id]])
+    return Episode(image - 1, mask, image[:, None], mask[:, None], torch.ones(1, dtype=torch.long), *ids)
+
+
+@torch.no_grad()
+def test_an_episodes_images_are_known_by_their_positions_in_whatever_way_a_method_shows_them(
+    backbone, computed
+):
+    with remember_features(backbone) as cache:
+        cache.episode = first = numbered(3, 8, 0.5)
+        backbone(torch.cat([first.query_image, first.support_images[:, 0]]))
+        # Other pixels at the same positions: only positions are asked.
+        cache.episode = turned = numbered(8, 3, 0.25)
+        backbone(turned.support_images[:, 0])
+        backbone(turned.query_image)
+        assert computed == [2]
+        backbone(turned.query_image + 1e-3)  # none of the episode's images
+        cache.episode = turned._replace(query_id=None)
+        backbone(turned.query_image)
+    assert computed == [2, 1, 1]
 
 
 def test_a_trained_predictor_computes_supports_and_pictures_once_for_all_classes(train, tmp_path):
