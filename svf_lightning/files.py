@@ -6,11 +6,12 @@ from pathlib import Path
 from uuid import uuid4
 
 
-def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a file under another name, then put it at ``path`` in one step.
 
-    Nobody ever reads half a file, and of two writers the last one wins.
+    Nobody ever reads half a file, and of two writers the last one wins. A folder that is missing is made.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
         write(temporary)
@@ -20,8 +21,5 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file beside its place and rename it, so that it is never seen half-written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    """Write a text file, in UTF-8, whole or not at all."""
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -1,6 +1,7 @@
 """Draw figures: test episodes, changes of singular values, validation curves."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from svf_lightning.analysis.overlays import Colour, tint
 from svf_lightning.episode import FOREGROUND, IGNORE, Episode
+from svf_lightning.files import replace_file
 from svf_lightning.training.metrics import intersection_and_union
 
 SUPPORT_COLOUR = (255, 200, 0)
@@ -216,8 +218,5 @@ def learning_curves(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], title: 
 def _save(fig: Any, path: Path) -> None:
     import matplotlib.pyplot as plt
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    fig.savefig(part, dpi=110, format="png")
+    replace_file(path, partial(fig.savefig, dpi=110, format="png"))
     plt.close(fig)
-    part.replace(path)

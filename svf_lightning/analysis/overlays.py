@@ -119,7 +119,6 @@ def contact_sheet(title: str, note: str, rows: Sequence[Row], path: Path, cell: 
             sheet.paste(shown, (left + (cell - shown.width) // 2, top + (cell - shown.height) // 2))
             pen.text((left, top + cell + 3), _fitting(words, 9, cell), FAINT, _font(9))
         top += height
-    path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, lambda part: sheet.save(part, "PNG"))
 
 

@@ -117,7 +117,6 @@ def _place(member: Member, target: Path, out: Path, convert: Callable[[bytes], b
     if target.is_file() and (convert is not None or target.stat().st_size == member.size):
         return None
     with writing(out):
-        target.parent.mkdir(parents=True, exist_ok=True)
     if convert is None and member.path is not None:
         with writing(out):
             replace_file(target, partial(_link, member.path))

@@ -41,7 +41,6 @@ def write_list(path: str | Path, protocol: Protocol, episodes: Mapping[int, Sequ
         for class_name, query, supports in rows:
             row = {"seed": seed, "class": class_name, "query": query, "supports": supports}
             lines.append(json.dumps(row, ensure_ascii=False))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
 
     def write(part: Path) -> None:
         part.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -213,7 +213,6 @@ def save_counts(cache: Path, key: str, pixels: np.ndarray) -> None:
     except OSError as refused:
         other = _user_cache(cache)
         try:
-            other.parent.mkdir(parents=True, exist_ok=True)
             replace_file(other, write)
         except OSError:
             log.warning("%s cannot be written (%s): the next start will count again", cache, refused)

@@ -145,7 +145,6 @@ def _write(result: Segmentation, name: str, output: Path, probabilities: bool) -
             images[f"probability of {class_name}"] = file, Image.fromarray(values)
     for file, image in images.values():
         path = output / file
-        path.parent.mkdir(parents=True, exist_ok=True)
         file_format = "JPEG" if path.suffix == ".jpg" else "PNG"  # the file has another name meanwhile
         replace_file(path, partial(image.save, format=file_format, quality=92))
     return {

@@ -13,7 +13,6 @@ Loading a file onto other base weights is an error that names both. Files for th
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from svf_lightning.backbones.efficientnet import name_before
+from svf_lightning.files import replace_file
 from svf_lightning.svf.layer import SVFLayer
 
 FORMAT = "svf_lightning singular values 1"
@@ -109,7 +110,8 @@ def fingerprint(backbone: nn.Module, layers: Iterable[str], trained: Iterable[st
     digest = hashlib.sha256()
     for name, value in sorted(backbone.state_dict().items()):
         if name not in left_out:
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            known_as = name_before(backbone, name)  # so that files from before a renaming fit
+            digest.update(f"{known_as} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
@@ -247,11 +249,8 @@ def write(path: str | Path, values: SingularValues) -> None:
         **{f"head/{name}": value for name, value in values.head.items()},
     }
     metadata = {"format": FORMAT, "base": values.base, "about": json.dumps(values.about)}
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(save({name: value.contiguous() for name, value in tensors.items()}, metadata))
-    os.replace(part, path)
+    content = save({name: value.contiguous() for name, value in tensors.items()}, metadata)
+    replace_file(Path(path), lambda temporary: temporary.write_bytes(content))
 
 
 def read(path: str | Path) -> SingularValues:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from svf_lightning.backbones.feature_cache import remember_features
 from svf_lightning.episode import Episode
+from svf_lightning.files import replace_file
 from svf_lightning.progress import Progress
 from svf_lightning.svf.network import singular_values
 
@@ -187,12 +188,12 @@ class SpectraLog(Callback):
             self.epochs.append(epoch)
             for name, value in values.items():
                 self.values.setdefault(name, []).append(value.float().cpu().numpy())
-        path = Path(trainer.default_root_dir) / "spectra.npz"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        with part.open("wb") as file:  # np.savez would add an ending to a name
-            np.savez(file, epochs=self.epochs, **self.values)  # type: ignore[arg-type]
-        part.replace(path)
+
+        def write(path: Path) -> None:
+            with path.open("wb") as file:  # np.savez would add an ending to a name
+                np.savez(file, epochs=self.epochs, **self.values)  # type: ignore[arg-type]
+
+        replace_file(Path(trainer.default_root_dir) / "spectra.npz", write)
 
 
 class RememberFeatures(Callback):
@@ -213,7 +214,12 @@ class RememberFeatures(Callback):
         self.cache = self.context.enter_context(remember_features(model.backbone, self.megabytes))
 
     def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, *_: Any
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         self.cache.episode = batch[0]
 
