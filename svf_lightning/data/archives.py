@@ -116,7 +116,6 @@ def _place(member: Member, target: Path, out: Path, convert: Callable[[bytes], b
     """Write one file, unless it is there. Says why, if its content cannot be used."""
     if target.is_file() and (convert is not None or target.stat().st_size == member.size):
         return None
-    with writing(out):
     if convert is None and member.path is not None:
         with writing(out):
             replace_file(target, partial(_link, member.path))
