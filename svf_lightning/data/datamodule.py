@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
-from svf_lightning.data.episode_list import read_list
+from svf_lightning.data.episode_list import read_episode_list
 from svf_lightning.data.episodes import Draw, EpisodeDataset, EpochSampler, NovelImages, collate
 from svf_lightning.data.folds import class_roles
 from svf_lightning.data.protocol import Protocol, digest
@@ -159,7 +159,7 @@ class FewShotDataModule(pl.LightningDataModule):
     def _listed_episodes(self, images: ImageIndex) -> list[Draw] | None:
         if self.episode_list is None:
             return None
-        return read_list(
+        return read_episode_list(
             self.episode_list,
             images,
             self.roles.test,

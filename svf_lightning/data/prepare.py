@@ -32,7 +32,8 @@ from svf_lightning.data.episodes import class_lists
 from svf_lightning.data.folds import FOLDS, PASCAL_CLASSES
 from svf_lightning.data.pascal import IMAGES, LABELS, LISTS, TRAIN_LIST, VAL_LIST, Pascal
 from svf_lightning.episode import IGNORE
-from svf_lightning.files import replace_file
+from svf_lightning.errors import DataError, Problem
+from svf_lightning.files import replace_file, write_whole
 from svf_lightning.progress import Progress, track
 
 MEGABYTE = 2**20
@@ -99,8 +100,7 @@ def prepare_pascal(voc: str | Path, sbd: str | Path, out: str | Path) -> list[Co
         r"ImageSets/Segmentation/(train|val)\.txt": LISTS,
         r"ImageSets/Main/train\.txt": "ImageSets/Main",
     }
-    expected = "VOCtrainval_11-May-2012.tar, or the folder VOC2012 in it"
-    taken = _unpack(voc, from_voc, out, expected=expected)
+    taken = _unpack(voc, from_voc, out, expected="VOCtrainval_11-May-2012.tar, or the folder VOC2012 in it")
     own_labels = {Path(name).stem for name in taken if name.endswith(".png")}
     segmented = _unpack(
         sbd,
@@ -124,9 +124,8 @@ def prepare_pascal(voc: str | Path, sbd: str | Path, out: str | Path) -> list[Co
                     f"{voc} lists {image_id} but lacks its {path.parent.name}/{path.name}: is it cut short? "
                     "Fetch it again and repeat the command; what is unpacked stays"
                 )
-    lines = "".join(f"{IMAGES}/{i}.jpg {LABELS}/{i}.png\n" for i in merged)
     with _writing(out):
-        replace_file(out / TRAIN_LIST, partial(_write, lines.encode()))
+        write_whole(out / TRAIN_LIST, "".join(f"{IMAGES}/{i}.jpg {LABELS}/{i}.png\n" for i in merged))
     return [
         Count("VOC 2012 train", len(train), 1464),
         Count("SBD in VOC's Main/train.txt", len(additional), 5623),
@@ -159,14 +158,12 @@ def prepare_coco(
         _check_archive(Path(path))
     for path in annotations:
         wanted = {rf"instances_(train|val){year}\.json": ANNOTATIONS}
-        _unpack(
-            Path(path), wanted, out, expected=f"annotations_trainval{year}.zip, or instances_*{year}.json"
-        )
+        expected = f"annotations_trainval{year}.zip, or instances_*{year}.json"
+        _unpack(Path(path), wanted, out, expected=expected)
     for path in images:
         wanted = {rf"{name}/[^/.]+\.jpg": name for name in (f"train{year}", f"val{year}")}
-        _unpack(
-            Path(path), wanted, out, expected=f"train{year}.zip or val{year}.zip, or a folder of that name"
-        )
+        expected = f"train{year}.zip or val{year}.zip, or a folder of that name"
+        _unpack(Path(path), wanted, out, expected=expected)
     source.prepare()
     return [
         Count(f"{split}{year} with objects", len(source.index(split)), published)  # type: ignore[arg-type]
@@ -186,14 +183,12 @@ def label_of_sbd(content: bytes) -> bytes:
         label = np.asarray(loadmat(io.BytesIO(content))["GTcls"][0, 0]["Segmentation"])
     except Exception as error:  # scipy raises a dozen kinds for a broken file
         raise ValueError(f"no class mask of SBD ({error or type(error).__name__})") from None
-    if label.ndim != 2 or label.dtype != np.uint8 or not set(np.unique(label)) <= _CLASS_IDS:
+    ids = {*range(len(PASCAL_CLASSES) + 1), IGNORE}
+    if label.ndim != 2 or label.dtype != np.uint8 or not set(np.unique(label)) <= ids:
         raise ValueError(f"its Segmentation is no map of the ids 0..{len(PASCAL_CLASSES)} and {IGNORE}")
     png = io.BytesIO()
     Image.fromarray(label).save(png, "PNG")
     return png.getvalue()
-
-
-_CLASS_IDS = {*range(len(PASCAL_CLASSES) + 1), IGNORE}
 
 
 def _require_scipy() -> None:
@@ -242,10 +237,9 @@ def _check_archive(source: Path) -> None:
         for block in track(blocks, f"checking {source.name}", source.stat().st_size // MEGABYTE, "MB"):
             digest.update(block)
     if digest.hexdigest() != MD5[source.name]:
-        raise ValueError(
-            f"{source} is not the published file (MD5 {digest.hexdigest()} instead of {MD5[source.name]}): "
-            "fetch it again; or, to use it as it is, unpack it and give the folder"
-        )
+        found = f"is not the published file (MD5 {digest.hexdigest()} instead of {MD5[source.name]})"
+        remedy = "fetch it again; or, to use it as it is, unpack it and give the folder"
+        raise DataError.of(source, found, remedy)
 
 
 def _unpack(
@@ -274,7 +268,8 @@ def _unpack(
     """
     patterns = [(re.compile(rf"(?:^|/)({pattern})$"), out / folder) for pattern, folder in wanted.items()]
     taken: dict[Path, str] = {}
-    bad: list[str] = []
+    again = "fetch it again and repeat the command"
+    bad: list[Problem] = []
     with _reading(source):
         for member in _members(source):
             folder = next((folder for pattern, folder in patterns if pattern.search(member.name)), None)
@@ -288,13 +283,11 @@ def _unpack(
                 )
             taken[target] = member.name
             if target.stem not in (skip or ()) and (reason := _place(member, target, out, convert)):
-                bad.append(f"{member.name} cannot be used: {reason}")
+                bad.append(Problem(member.name, f"cannot be used: {reason}", again))
     if bad:
         others = f" (and {len(bad) - 1} more of {len(taken)} files)" if len(bad) > 1 else ""
-        raise ValueError(
-            f"{source}: {bad[0]}{others}: fetch it again and repeat the command; the {len(taken) - len(bad)} "
-            "others are in place"
-        )
+        message = f"{source}: {bad[0].file} {bad[0].found}{others}: {again}; the {len(taken) - len(bad)} "
+        raise DataError(f"{message}others are in place", bad)
     if not taken:
         looked_for = " or ".join(wanted).replace("[^/.]+", "*").replace("\\.", ".")
         raise ValueError(f"{source} holds no {looked_for}: give {expected}")
@@ -327,10 +320,6 @@ def _link(path: Path, target: Path) -> None:
         os.link(path, target)
     except OSError:  # another file system, or one without links
         shutil.copyfile(path, target)
-
-
-def _write(content: bytes, path: Path) -> None:
-    path.write_bytes(content)
 
 
 def _members(source: Path) -> Iterator[Member]:
@@ -373,6 +362,10 @@ def _extract(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
     file = tar.extractfile(info)
     assert file is not None  # only links and folders have none
     return file.read()
+
+
+def _write(content: bytes, path: Path) -> None:
+    path.write_bytes(content)
 
 
 @contextmanager
