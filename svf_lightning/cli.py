@@ -181,7 +181,7 @@ def predict(
         raise ValueError("--class-name goes with --support-image; --support has the names in its folders")
     files, failed = find_queries(queries, output)
     if not files:
-        reasons = "; ".join(f"{name} {reason}" for name, reason in failed.items())
+        reasons = "; ".join(problem.sentence for problem in failed)
         raise ValueError(f"there is no picture to segment: {reasons or 'only results are there'}")
     predictor = FewShotPredictor(checkpoint, image_size=image_size, batch_size=batch_size, device=device)
     if support is not None:
@@ -359,6 +359,7 @@ def benchmark_overhead(
     typer.echo(run(steps))
 
 
+@one_line_errors  # for `--help`, which is no command of ours
 def main() -> None:
     """Entry point of the ``svf`` command."""
     app()

@@ -20,10 +20,13 @@ from PIL import Image
 from svf_lightning.data.folds import COCO_CLASSES, split_classes
 from svf_lightning.data.index import build_index
 from svf_lightning.data.source import ImageIndex, Split
+from svf_lightning.errors import DataError, MissingFileError
 from svf_lightning.files import replace_file
 from svf_lightning.progress import track
 
 ANNOTATIONS = "annotations"
+UNPACK = "unpack it again from the archive of annotations"  # the remedies
+INSTANCES = "use instances_train*.json and instances_val*.json"
 LIST = "images.txt"  # beside the drawn labels
 YEARS = ("2014", "2017")
 
@@ -138,21 +141,23 @@ class Coco:
         source = root / ANNOTATIONS / f"instances_{name}.json"
         missing = [str(p.relative_to(root)) for p in (source, root / name) if not p.exists()]
         if missing:
-            raise FileNotFoundError(
-                f"no {', '.join(missing)} under root={root}. Fetch train{self.year}.zip, val{self.year}.zip "
+            found = f"holds no {', '.join(missing)}"
+            remedy = (
+                f"Fetch train{self.year}.zip, val{self.year}.zip "
                 f"and annotations_trainval{self.year}.zip from cocodataset.org (Download), then run `svf "
                 f"prepare coco --year {self.year} --images train{self.year}.zip --images val{self.year}.zip "
                 f"--annotations annotations_trainval{self.year}.zip --out {root}`"
             )
+            message = f"no {', '.join(missing)} under root={root}. {remedy}"
+            raise MissingFileError.of(root, found, remedy, message)
         content = source.read_bytes()
         annotated = read_annotations(source, content)
         present = set(os.listdir(root / name))
         absent = [image["file_name"] for image, _ in annotated if image["file_name"] not in present]
         if absent:
-            raise FileNotFoundError(
-                f"{root / name} lacks {len(absent)} of the {len(annotated)} images that {source.name} "
-                f"annotates, {absent[0]} for one: unpack {name}.zip there again"
-            )
+            number = f"{len(absent)} of the {len(annotated)} images"
+            found = f"lacks {number} that {source.name} annotates, {absent[0]} for one"
+            raise MissingFileError.of(root / name, found, f"unpack {name}.zip there again")
         draw_labels(annotated, self._labels(split), hashlib.sha256(content).hexdigest())
 
 
@@ -178,13 +183,9 @@ def read_annotations(
     try:
         return _objects(path, json.loads(path.read_bytes() if content is None else content))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}): unpack it again from the archive of annotations"
-        ) from None
+        raise DataError.of(path, f"is damaged ({error})", UNPACK) from None
     except KeyError as error:
-        raise ValueError(
-            f"{path} has a record without {error}: unpack it again from the archive of annotations"
-        ) from None
+        raise DataError.of(path, f"has a record without {error}", UNPACK) from None
 
 
 def draw_label(objects: Sequence[tuple[int, Any]], height: int, width: int) -> np.ndarray:
@@ -226,7 +227,8 @@ def draw_label(objects: Sequence[tuple[int, Any]], height: int, width: int) -> n
                 raise ValueError(f"it is {shape.shape[1]}x{shape.shape[0]} but the image {width}x{height}")
             np.copyto(label, class_id, where=shape.view(bool))
         except Exception as error:  # pycocotools raises whatever its C code stumbles over
-            raise ValueError(f"a segmentation of class {class_id} cannot be drawn ({error})") from None
+            found = f"a segmentation of class {class_id} cannot be drawn ({error})"
+            raise DataError.of("the image", found, "outline the object again") from None
     return np.ascontiguousarray(label)
 
 
@@ -255,8 +257,11 @@ def draw_labels(
             return
         try:
             label = Image.fromarray(draw_label(objects, image["height"], image["width"]))
-        except ValueError as error:
-            raise ValueError(f"{image['file_name']}: {error}: unpack the annotations again") from None
+        except DataError as error:
+            (problem,) = error.problems
+            file, remedy = image["file_name"], "unpack the annotations again"
+            message = f"{file}: {problem.found}: {remedy}"
+            raise DataError.of(file, problem.found, remedy, message) from None
         replace_file(target, lambda path: label.save(path, "PNG", compress_level=1))
 
     names = "".join(f"{image['file_name']}\n" for image, _ in annotated)
@@ -275,25 +280,26 @@ def draw_labels(
     except OSError as error:
         if (folder / LIST).is_file():  # another job drew them meanwhile
             return
-        raise ValueError(
-            f"labels cannot be written to {folder} ({error.strerror or error}): make room there, or name "
-            "another folder (data.source.labels=...); what is drawn stays, and the next start goes on"
-        ) from error
+        reason = error.strerror or error
+        remedy = (
+            "make room there, or name another folder (data.source.labels=...); what is drawn stays, and the "
+            "next start goes on"
+        )
+        message = f"labels cannot be written to {folder} ({reason}): {remedy}"
+        raise DataError.of(folder, f"cannot be written ({reason})", remedy, message) from error
 
 
 def _objects(path: Path, tables: Any) -> list[tuple[dict[str, Any], list[tuple[int, Any]]]]:
     """What `read_annotations` gives, from the parsed file."""
     if not isinstance(tables, dict) or not {"images", "annotations", "categories"} <= tables.keys():
-        raise ValueError(
-            f"{path} is no instances file of COCO (it lacks images, annotations or categories): "
-            "use instances_train*.json and instances_val*.json, not captions, keypoints or image lists"
-        )
+        found = "is no instances file of COCO (it lacks images, annotations or categories)"
+        raise DataError.of(path, found, f"{INSTANCES}, not captions, keypoints or image lists")
     categories = sorted((category["id"], category["name"]) for category in tables["categories"])
     if tuple(name for _, name in categories) != COCO_CLASSES:
-        raise ValueError(
-            f"{path} has {len(categories)} categories, {_sample([name for _, name in categories])}, but COCO "
-            f"has these 80: {_sample(COCO_CLASSES)}; for annotations of your own use data=folder"
-        )
+        theirs = _sample([name for _, name in categories])
+        found = f"has {len(categories)} categories, {theirs}, but COCO has these 80: {_sample(COCO_CLASSES)}"
+        remedy = "for annotations of your own use data=folder"
+        raise DataError.of(path, found, remedy, f"{path} {found}; {remedy}")
     class_of = {category_id: number for number, (category_id, _) in enumerate(categories, start=1)}
     images = {image["id"]: image for image in tables["images"]}
     objects: dict[int, list[tuple[int, Any]]] = {}
@@ -302,17 +308,14 @@ def _objects(path: Path, tables: Any) -> list[tuple[dict[str, Any], list[tuple[i
             continue
         for key, known in (("category_id", class_of), ("image_id", images)):
             if annotation[key] not in known:
-                raise ValueError(
-                    f"{path}: annotation {annotation['id']} has {key} {annotation[key]}, which the file does "
-                    "not list: unpack it again from the archive of annotations"
-                )
+                number = annotation["id"]
+                found = f"annotation {number} has {key} {annotation[key]}, which the file does not list"
+                raise DataError.of(path, found, UNPACK, f"{path}: {found}: {UNPACK}")
         of_image = objects.setdefault(annotation["image_id"], [])
         of_image.append((class_of[annotation["category_id"]], annotation["segmentation"]))
     if not objects:
-        raise ValueError(
-            f"{path} annotates no object in {len(images)} images: use instances_train*.json and "
-            "instances_val*.json (image_info_*.json has no annotations)"
-        )
+        found = f"annotates no object in {len(images)} images"
+        raise DataError.of(path, found, f"{INSTANCES} (image_info_*.json has no annotations)")
     return [
         ({key: images[image_id][key] for key in ("file_name", "height", "width")}, objects[image_id])
         for image_id in sorted(objects)

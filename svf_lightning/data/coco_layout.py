@@ -1,22 +1,24 @@
-"""A user's folder with annotations in COCO's format."""
+"""A user's folder with annotations in COCO's format: which objects each picture shows."""
 
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from svf_lightning.data.listing import (
+from svf_lightning.data.folder_files import (
     Item,
     Listing,
-    Problem,
     image_files,
+    is_file,
     name_of,
     read_text,
     same_name,
     subfolder,
 )
 from svf_lightning.episode import IGNORE
+from svf_lightning.errors import DataError, MissingFileError, Problem
 
 COCO_KEYS = {
     "categories": ("id", "name"),
@@ -25,42 +27,57 @@ COCO_KEYS = {
 }
 
 
+def annotation_files(root: Path) -> list[Path]:
+    return sorted(
+        path for place in (root, root / "annotations", root / "images") for path in place.glob("*.json")
+    )
+
+
+def looks_like_coco(path: Path) -> bool:
+    """Whether a JSON file is one of COCO's; a broken one called annotations.json was meant to be."""
+    if path.name.casefold() in ("annotations.json", "_annotations.coco.json"):
+        return True
+    try:
+        content = json.loads(read_text(path))
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and {"images", "annotations", "categories"} <= content.keys()
+
+
 def list_coco(root: Path) -> Listing:
     candidates = [path for path in annotation_files(root) if looks_like_coco(path)] or annotation_files(root)
     if not candidates:
-        raise FileNotFoundError(f"{root} has no annotations.json: export your annotations in COCO's format")
+        raise MissingFileError.of(root, "has no annotations.json", "export your annotations in COCO's format")
     path = next((c for c in candidates if c.name.casefold() == "annotations.json"), candidates[0])
     text = read_text(path)
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no sound JSON ({error}): export it again") from None
+        raise DataError.of(path, f"is no sound JSON ({error})", "export it again") from None
     tables = ("images", "annotations", "categories")
     if not isinstance(content, dict) or not all(isinstance(content.get(table), list) for table in tables):
-        raise ValueError(
-            f"{path} is not in COCO's format: it lacks a list of images, annotations or categories; export "
-            "the instances (objects), not captions or key points"
-        )
-    problems: list[Problem] = []
+        found = "is not in COCO's format: it lacks a list of images, annotations or categories"
+        remedy = "export the instances (objects), not captions or key points"
+        raise DataError.of(path, found, remedy, f"{path} {found}; {remedy}")
+    listing = _list_images(root, path, content)
     if len(candidates) > 1:
         others = ", ".join(c.name for c in candidates if c != path)
-        problems.append(
-            Problem(str(path), f"is read, {others} not", "name the file annotations.json", "warning")
-        )
-    return _list_coco_images(root, path, content, problems)
+        odd = Problem(str(path), f"is read, {others} not", "name the file annotations.json", "warning")
+        listing = replace(listing, problems=(odd, *listing.problems))
+    return listing
 
 
-def _list_coco_images(root: Path, path: Path, content: dict[str, Any], problems: list[Problem]) -> Listing:
-    def complain(found: str, remedy: str, severity: Literal["error", "warning"] = "error") -> None:
-        problems.append(Problem(str(path), found, remedy, severity))
+def _list_images(root: Path, path: Path, content: dict[str, Any]) -> Listing:
+    problems: list[Problem] = []
+
+    def complain(found: str, remedy: str) -> None:
+        problems.append(Problem(str(path), found, remedy))
 
     for table, keys in COCO_KEYS.items():
         for entry in content[table]:
             if wrong := _wrong_entry(entry, keys):
-                raise ValueError(
-                    f"{path} has an entry of {table} {wrong}: export it again, complete, and the instances "
-                    "(objects), not captions or key points"
-                )
+                remedy = "export it again, complete, and the instances (objects), not captions or key points"
+                raise DataError.of(path, f"has an entry of {table} {wrong}", remedy)
     categories = {entry["id"]: entry["name"] for entry in content["categories"]}
     records = {record["id"]: record for record in content["images"]}
     annotations = [(entry["image_id"], entry["category_id"], entry) for entry in content["annotations"]]
@@ -77,23 +94,22 @@ def _list_coco_images(root: Path, path: Path, content: dict[str, Any], problems:
     classes = {category: number for number, category in enumerate(used, start=1)}
     names = tuple(name_of(categories[category]) for category in used)
     if not names:
-        raise ValueError(f"{path} annotates nothing: outline some objects, and export it again")
+        raise DataError.of(path, "annotates nothing", "outline some objects, and export it again")
     if len(names) >= IGNORE:
-        raise ValueError(
-            f"{path} has objects of {len(names)} categories, but ids end at 254 (255 is ignored): merge some"
-        )
+        excess = f"has objects of {len(names)} categories, but ids end at 254 (255 is ignored)"
+        raise DataError.of(path, excess, "merge some")
     if len({same_name(name) for name in names}) < len(names):
-        raise ValueError(f"{path} has several categories of one name among {', '.join(names)}: merge them")
+        raise DataError.of(path, f"has several categories of one name among {', '.join(names)}", "merge them")
 
     found: dict[Any, list[tuple[float, int, Any]]] = {number: [] for number in records}
     for image_id, category, entry in annotations:
-        label = f"annotation {entry.get('id', '?')}"
+        label = f"has annotation {entry.get('id', '?')}"
         if image_id not in records:
-            complain(f"{label} is of image {image_id}, which it does not list", "export it again")
+            complain(f"{label} of image {image_id}, which it does not list", "export it again")
         elif category not in classes:
-            complain(f"{label} is of category {category}, which it does not list", "export it again")
+            complain(f"{label} of category {category}, which it does not list", "export it again")
         elif wrong := _wrong_segmentation(entry.get("segmentation"), records[image_id]):
-            complain(f"{label} of {names_of[image_id]} {wrong}", "outline the object, or delete it")
+            complain(f"{label} of {names_of[image_id]}, which {wrong}", "outline the object, or delete it")
         else:
             crowd = bool(entry.get("iscrowd"))
             area = entry.get("area")
@@ -106,9 +122,9 @@ def _list_coco_images(root: Path, path: Path, content: dict[str, Any], problems:
     listed: set[str] = set()
     for number, record in records.items():
         name = names_of[number]
-        file = next((place / name for place in places if _is_file(place / name)), None)
+        file = next((place / name for place in places if is_file(place / name)), None)
         if file is None and folder is not None:  # exporters differ in how much of the path they keep
-            file = next((f for f in (folder / Path(name).name,) if _is_file(f)), None)
+            file = next((f for f in (folder / Path(name).name,) if is_file(f)), None)
         sides = record.get("width"), record.get("height")
         if not all(side is None or type(side) is int for side in sides):
             complain(
@@ -179,27 +195,3 @@ def _wrong_entry(entry: Any, keys: Sequence[str]) -> str | None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # a name too long, or one that no file can have
-        return False
-
-
-def annotation_files(root: Path) -> list[Path]:
-    return sorted(
-        path for place in (root, root / "annotations", root / "images") for path in place.glob("*.json")
-    )
-
-
-def looks_like_coco(path: Path) -> bool:
-    """Whether a JSON file is one of COCO's; a broken one called annotations.json was meant to be."""
-    if path.name.casefold() in ("annotations.json", "_annotations.coco.json"):
-        return True
-    try:
-        content = json.loads(read_text(path))
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(content, dict) and {"images", "annotations", "categories"} <= content.keys()

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from svf_lightning.backbones.backbone import IMAGENET_MEAN, IMAGENET_STD
-from svf_lightning.data.episode_list import read_list
+from svf_lightning.data.episode_list import read_episode_list
 from svf_lightning.data.episodes import Draw, EpisodeDataset, EpochLoader, EpochSampler, NovelImages, collate
 from svf_lightning.data.folds import class_roles
 from svf_lightning.data.protocol import Protocol, digest
@@ -172,7 +172,7 @@ class FewShotDataModule(pl.LightningDataModule):
     def _listed_episodes(self, images: ImageIndex) -> list[Draw] | None:
         if self.episode_list is None:
             return None
-        return read_list(
+        return read_episode_list(
             self.episode_list,
             images,
             self.roles.test,

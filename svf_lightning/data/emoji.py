@@ -20,9 +20,10 @@ from PIL import Image, ImageFilter
 
 from svf_lightning.data.folds import EMOJI_CLASSES, split_classes
 from svf_lightning.data.index import build_index
-from svf_lightning.data.pascal import IMAGES, LABELS, LISTS, read_list, voc_palette
+from svf_lightning.data.pascal import IMAGES, LABELS, LISTS, read_image_list, voc_palette
 from svf_lightning.data.source import ImageIndex, Split
 from svf_lightning.episode import IGNORE
+from svf_lightning.errors import DataError
 from svf_lightning.progress import track
 
 SPRITES = Path(__file__).parent / "sprites"
@@ -127,7 +128,7 @@ class Emoji:
             raise ValueError(f'split is {split!r}; a data set has "train" and "val"')
         if not self._is_made():
             raise FileNotFoundError(f"no emoji images under root={self.root}: call prepare() first")
-        pairs = read_list(self.root, f"{LISTS}/{split}.txt")
+        pairs = read_image_list(self.root, f"{LISTS}/{split}.txt")
         return build_index(self.name, self.class_names, pairs, cache=Path(self.root) / f"index_{split}.npz")
 
     def classes(self, fold: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -148,26 +149,26 @@ class Emoji:
         marker = root / MARKER
         if not marker.is_file():
             if root.exists() and (not root.is_dir() or any(root.iterdir())):
-                raise ValueError(
-                    f"root={root} exists but holds no emoji images (no {MARKER} in it): name another root"
+                found = f"exists but holds no emoji images (no {MARKER} in it)"
+                raise DataError.of(
+                    root, found, "name another root", f"root={root} {found}: name another root"
                 )
             return False
         try:
-            found = json.loads(marker.read_text(encoding="utf-8"))
+            settings = json.loads(marker.read_text(encoding="utf-8"))
         except ValueError:
-            found = None
-        if not isinstance(found, dict):
-            raise ValueError(f"{marker} is damaged: delete {root} and start again")
+            settings = None
+        if not isinstance(settings, dict):
+            raise DataError.of(marker, "is damaged", f"delete {root} and start again")
         wanted = self._settings()
-        if found != wanted:
+        if settings != wanted:
             differences = ", ".join(
-                f"{key} {found.get(key)} instead of {value}"
+                f"{key} {settings.get(key)} instead of {value}"
                 for key, value in wanted.items()
-                if found.get(key) != value
+                if settings.get(key) != value
             )
-            raise ValueError(
-                f"root={root} holds emoji images made with {differences}: name another root, or delete it"
-            )
+            found, remedy = f"holds emoji images made with {differences}", "name another root, or delete it"
+            raise DataError.of(root, found, remedy, f"root={root} {found}: {remedy}")
         return True
 
     def _make(self, folder: Path) -> None:

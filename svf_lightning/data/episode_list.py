@@ -61,7 +61,7 @@ def seeds_of(path: str | Path) -> list[int]:
     return seeds
 
 
-def read_list(
+def read_episode_list(
     path: str | Path,
     index: ImageIndex,
     novel: Sequence[int],

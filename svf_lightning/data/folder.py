@@ -18,14 +18,15 @@ from PIL import Image
 from torch import Tensor
 
 from svf_lightning.data.coco import draw_label
+from svf_lightning.data.folder_files import Item, Listing, read_text, same_name
 from svf_lightning.data.folder_layouts import list_folder
 from svf_lightning.data.folds import FOLDS, split_own_classes
 from svf_lightning.data.images import open_image, to_rgb, to_tensor
-from svf_lightning.data.index import fingerprint, load_counts, save_counts
-from svf_lightning.data.listing import Item, Listing, Problem, read_text, same_name
+from svf_lightning.data.index import load_counts, save_counts, state_of_files
 from svf_lightning.data.masks import align, class_ids, displayed, drawn_mask, shrink
 from svf_lightning.data.source import ImageIndex, Split
 from svf_lightning.episode import FOREGROUND, IGNORE
+from svf_lightning.errors import DataError, Problem, problems_of
 from svf_lightning.progress import track
 
 log = logging.getLogger(__name__)
@@ -170,7 +171,7 @@ class Folder:
         self._refuse(listing.problems)
         others = [(str(path), str(path)) for path in listing.sources]
         paths = [(str(item.image), str(item.mask or item.image)) for item in listing.items]
-        key = fingerprint(f"folder {listing.layout}", len(listing.class_names), (*others, *paths), root)
+        key = state_of_files(f"folder {listing.layout}", len(listing.class_names), (*others, *paths), root)
         pixels = load_counts(root / CACHE, key, (len(paths), len(listing.class_names) + 1))
         if pixels is not None:
             return list(listing.items), pixels
@@ -191,15 +192,17 @@ class Folder:
         return float(np.median(self._counted[1].sum(axis=1)))
 
     def _refuse(self, problems: Iterable[Problem]) -> None:
-        errors = [str(problem) for problem in problems if problem.severity == "error"]
+        errors = [problem for problem in problems if problem.severity == "error"]
         if not errors:
             return
-        shown = " | ".join(errors[:5]) + (f" | and {len(errors) - 5} more" if len(errors) > 5 else "")
+        shown = " | ".join(map(str, errors[:5]))
+        shown += f" | and {len(errors) - 5} more" if len(errors) > 5 else ""
         if not self.skip_bad:
-            raise ValueError(
+            message = (
                 f"{self.root}: {len(errors)} files cannot be used: {shown}. `svf check {self.root}` lists "
                 "all, with what to do; data.source.skip_bad=true goes on without them"
             )
+            raise DataError(message, errors)
         log.warning("%s: going on without %d files: %s", self.root, len(errors), shown)
 
     def _is_listed(self, items: Sequence[Item]) -> np.ndarray:
@@ -258,8 +261,8 @@ def read_item(item: Item, classes: int, long_side: int | None = None) -> tuple[I
         RGB image, and class ids ``(H, W)`` uint8 with 255 where ignored.
 
     Raises:
-        FileNotFoundError: If one of the files is gone.
-        ValueError: If one cannot be read, or they do not fit each other; begins with the file.
+        MissingFileError: If one of the files is gone.
+        DataError: If one cannot be read, or they do not fit each other.
     """
     image, culprit = open_image(item.image), item.mask or item.image
     mask = open_image(item.mask) if item.mask is not None else None
@@ -275,8 +278,10 @@ def read_item(item: Item, classes: int, long_side: int | None = None) -> tuple[I
             else:
                 label = class_ids(mask)
         return shrink(to_rgb(image), label, long_side)
-    except ValueError as error:
-        raise ValueError(f"{culprit}: {error}") from error
+    except DataError as error:  # of the mask or its outlines: say which file that is
+        (problem,) = error.problems
+        message = f"{culprit}: {problem.found}: {problem.remedy}"
+        raise DataError.of(culprit, problem.found, problem.remedy, message) from error
 
 
 def _read(items: Sequence[Item], classes: int, long_side: int | None, position: int) -> tuple[Tensor, Tensor]:
@@ -288,7 +293,8 @@ def _examine_one(classes: int, item: Item) -> Examined:
     try:
         image, label = read_item(item, classes)
     except (ValueError, OSError) as error:
-        return Examined(item, None, None, (_problem(error, item),))
+        problems = problems_of(error, item.mask or item.image, "replace or mend it")
+        return Examined(item, None, None, problems)
     histogram = np.bincount(label.reshape(-1), minlength=256)
     wrong = _wrong_label(item, histogram, classes)
     if wrong:
@@ -330,22 +336,11 @@ def _wrong_label(item: Item, histogram: np.ndarray, classes: int) -> tuple[str, 
     return None
 
 
-def _problem(error: Exception, item: Item) -> Problem:
-    """An error of ours, "<file> <what was found>: <what to do>", in its three parts."""
-    text = str(error)
-    file = next((f for f in (str(item.mask), str(item.image)) if text.startswith(f)), str(item.image))
-    found, _, remedy = text.removeprefix(file).lstrip(": ").rpartition(": ")
-    mend = "outline the object again" if item.mask is None else "replace or mend it"
-    return Problem(file, found or remedy, remedy if found else mend)
-
-
 def _of_size(image: Image.Image, size: tuple[int, int] | None) -> Image.Image:
     """The image the way round that the annotations were made on."""
     for turned in (displayed(image), image):
         if size is None or turned.size == size:
             return turned
     (width, height), (wanted_width, wanted_height) = displayed(image).size, size or (0, 0)
-    raise ValueError(
-        f"the image is {width}x{height} but was annotated at {wanted_width}x{wanted_height} (width x "
-        "height): put the annotated version back"
-    )
+    found = f"is {width}x{height} but was annotated at {wanted_width}x{wanted_height} (width x height)"
+    raise DataError.of("the image", found, "put the annotated version back")

@@ -15,6 +15,7 @@ from svf_lightning.data.images import open_image, read_image
 from svf_lightning.data.index import build_index
 from svf_lightning.data.source import ImageIndex, Split
 from svf_lightning.episode import IGNORE
+from svf_lightning.errors import DataError, MissingFileError
 
 IMAGES_PER_CLASS = 10
 LISTS = ("trn", "val", "test")  # of classes, as HSNet calls them
@@ -84,23 +85,24 @@ class Fss1000:
         root, folder = Path(self.root), Path(self.root) / self.splits
         inside = root / "fewshot_data"  # what the archive unpacks to
         if inside.is_dir() and not folder.is_dir():
-            raise FileNotFoundError(f"root is {root}, but the data lies deeper: use root={inside}")
+            message = f"root is {root}, but the data lies deeper: use root={inside}"
+            raise MissingFileError.of(root, "holds the data deeper", f"use root={inside}", message)
         missing = [f"{name}.txt" for name in LISTS if not (folder / f"{name}.txt").is_file()]
         if missing:
-            raise FileNotFoundError(
-                f"no {', '.join(missing)} in {folder}: fetch the lists of classes from the repository of "
-                "HSNet (juhongm999/hsnet, data/splits/fss: trn.txt, val.txt, test.txt)"
-                + ("" if root.is_dir() else f", and {FETCH}")
+            remedy = (
+                "fetch the lists of classes from the repository of HSNet (juhongm999/hsnet, data/splits/fss: "
+                "trn.txt, val.txt, test.txt)" + ("" if root.is_dir() else f", and {FETCH}")
             )
-        lists = {name: _read_list(folder / f"{name}.txt") for name in LISTS}
+            message = f"no {', '.join(missing)} in {folder}: {remedy}"
+            raise MissingFileError.of(folder, f"holds no {', '.join(missing)}", remedy, message)
+        lists = {name: _read_classes(folder / f"{name}.txt") for name in LISTS}
         listed: dict[str, str] = {}
         for name, classes in lists.items():
             for title in classes:
                 if title in listed:
-                    raise ValueError(
-                        f"{folder}: {title} stands in {listed[title]}.txt and in {name}.txt; base and novel "
-                        "classes must differ: fetch the lists again"
-                    )
+                    found = f"{title} stands in {listed[title]}.txt and in {name}.txt"
+                    remedy = "base and novel classes must differ: fetch the lists again"
+                    raise DataError.of(folder, found, remedy, f"{folder}: {found}; {remedy}")
                 listed[title] = name
         return lists
 
@@ -127,10 +129,8 @@ class Fss1000:
         present = {entry.name for entry in os.scandir(root) if entry.is_dir()}
         absent = [name for name in names if name not in present]
         if absent:
-            raise FileNotFoundError(
-                f"root={root} lacks the folders of {len(absent)} of {len(names)} classes, {absent[0]} for "
-                f"one: {FETCH}"
-            )
+            found = f"lacks the folders of {len(absent)} of {len(names)} classes, {absent[0]} for one"
+            raise MissingFileError.of(root, found, FETCH, f"root={root} {found}: {FETCH}")
 
     def index(self, split: Split) -> ImageIndex:
         """Index all images; both splits are the same.
@@ -189,8 +189,8 @@ def _read(pairs: list[tuple[str, str]], class_ids: np.ndarray, position: int) ->
     return read_image(image), torch.from_numpy(label)
 
 
-def _read_list(path: Path) -> tuple[str, ...]:
+def _read_classes(path: Path) -> tuple[str, ...]:
     classes = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
     if not classes:
-        raise ValueError(f"{path} lists no classes: fetch it again")
+        raise DataError.of(path, "lists no classes", "fetch it again")
     return classes

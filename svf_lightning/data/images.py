@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from svf_lightning.errors import DataError, MissingFileError
+
 
 def read_image(path: str | Path) -> Tensor:
     """Read an image as RGB, whatever it is stored as. A transparency channel is dropped.
@@ -16,8 +18,8 @@ def read_image(path: str | Path) -> Tensor:
         Values 0..255, uint8, shape ``(3, H, W)``.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no image, or cut short.
+        MissingFileError: If there is no such file.
+        DataError: If it is no image, or cut short.
     """
     return to_tensor(to_rgb(open_image(path)))
 
@@ -47,28 +49,27 @@ def open_image(path: str | Path) -> Image.Image:
     """Open an image and decode all of it.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it may not be read, is no image, or is cut short.
+        MissingFileError: If there is no such file.
+        DataError: If it may not be read, is no image, or is cut short.
     """
     try:
         with Image.open(path) as image:
             image.load()  # decodes; the pixels stay when the file is closed
             return image
     except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path} is missing: put it back, or take its line out of the list of images"
-        ) from None
+        remedy = "put it back, or take its line out of the list of images"
+        raise MissingFileError.of(path, "is missing", remedy) from None
     except PermissionError:
-        raise ValueError(f"{path} may not be read (permission denied): allow it with `chmod u+r`") from None
+        found = "may not be read (permission denied)"
+        raise DataError.of(path, found, "allow it with `chmod u+r`") from None
     except Image.DecompressionBombError:
-        raise ValueError(
-            f"{path} has over {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels: shrink it first"
-        ) from None
+        found = f"has over {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels"
+        raise DataError.of(path, found, "shrink it first") from None
     except Exception as error:  # broken files raise OSError, SyntaxError, struct.error, zlib.error, ...
         reason = "not an image" if "cannot identify" in str(error) else str(error) or type(error).__name__
         if Path(path).is_file() and not Path(path).stat().st_size:
             reason = "empty, 0 bytes"
-        raise ValueError(f"{path} cannot be decoded ({reason}): replace it by an intact copy") from error
+        raise DataError.of(path, f"cannot be decoded ({reason})", "replace it by an intact copy") from error
 
 
 def decode_label(path: str | Path) -> np.ndarray:
@@ -80,17 +81,15 @@ def decode_label(path: str | Path) -> np.ndarray:
         Class ids, uint8, shape ``(H, W)``.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no image, cut short, or has more than one channel.
+        MissingFileError: If there is no such file.
+        DataError: If it is no image, cut short, or has more than one channel.
     """
     image = open_image(path)
     if image.mode == "1":  # PNG optimisers store a label of nothing but 0 and 255 with one bit per pixel
         image = image.convert("L")
     if image.mode not in ("L", "P"):
-        raise ValueError(
-            f"{path} has mode {image.mode}, but a label holds one class id per pixel: "
-            "save it as an 8-bit greyscale or palette PNG"
-        )
+        found = f"has mode {image.mode}, but a label holds one class id per pixel"
+        raise DataError.of(path, found, "save it as an 8-bit greyscale or palette PNG")
     return np.array(image)  # (H, W) uint8
 
 
@@ -103,8 +102,8 @@ def header_size(path: str | Path) -> tuple[int, int]:
     """Width and height of an image that has a sound header and, if a JPEG, an end.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no image, or a JPEG cut short.
+        MissingFileError: If there is no such file.
+        DataError: If it is no image, or a JPEG cut short.
     """
     try:
         with Image.open(path) as image, Path(path).open("rb") as file:

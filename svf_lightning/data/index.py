@@ -25,6 +25,7 @@ from torch import Tensor
 from svf_lightning.data.images import decode_label, header_size, image_size, read_image
 from svf_lightning.data.source import ImageIndex
 from svf_lightning.episode import IGNORE
+from svf_lightning.errors import DataError, MissingFileError
 from svf_lightning.files import replace_file
 from svf_lightning.progress import track
 
@@ -67,15 +68,16 @@ def build_index(
             That finds what a broken download leaves; damage in the middle is found when it is drawn.
 
     Raises:
-        FileNotFoundError: If files are missing.
-        ValueError: If there are no pairs, or files cannot be decoded, differ in size from their partner, or
-            hold ids that are neither 0..N nor 255. All such files are reported in one message.
+        MissingFileError: If files are missing, and nothing else is wrong.
+        DataError: If files cannot be decoded, differ in size from their partner, or hold ids that are neither
+            0..N nor 255. All such files are reported at once.
+        ValueError: If there are no pairs.
     """
     if not pairs:
         raise ValueError(f"{name}: the list of images is empty; an index needs at least one")
     paths = tuple((str(image), str(label)) for image, label in pairs)
     cache = Path(cache)
-    key = fingerprint(name, len(class_names), paths, cache.parent)
+    key = state_of_files(name, len(class_names), paths, cache.parent)
     pixels = load_counts(cache, key, (len(paths), len(class_names) + 1))
     if pixels is None:
         size_of = image_size if whole_images else header_size
@@ -95,46 +97,42 @@ def _count(
     size_of: Callable[[str], tuple[int, int]],
     decode: Callable[[str], np.ndarray],
     pair: tuple[str, str],
-) -> tuple[np.ndarray, list[Exception]]:
+) -> tuple[np.ndarray, list[DataError]]:
     """Pixels of each class in one label, shape ``(N + 1,)``, and what is wrong with the pair."""
     image_path, label_path = pair
-    problems: list[Exception] = []
+    errors: list[DataError] = []
     size = label = None
     try:
         size = size_of(image_path)
-    except (FileNotFoundError, ValueError) as error:
-        problems.append(error)
+    except DataError as error:
+        errors.append(error)
     try:
         label = decode(label_path)
-    except (FileNotFoundError, ValueError) as error:
-        problems.append(error)
+    except DataError as error:
+        errors.append(error)
     if label is None:
-        return np.zeros(classes + 1, np.int64), problems
+        return np.zeros(classes + 1, np.int64), errors
 
     if size is not None and size != label.shape[::-1]:
         (width, height), (label_height, label_width) = size, label.shape
-        problems.append(
-            ValueError(
-                f"{label_path} is {label_width}x{label_height} but its image {Path(image_path).name} is "
-                f"{width}x{height} (width x height): a label needs the size of its image"
-            )
+        found = (
+            f"is {label_width}x{label_height} but its image {Path(image_path).name} is {width}x{height} "
+            "(width x height)"
         )
+        errors.append(DataError.of(label_path, found, "a label needs the size of its image"))
     histogram = np.bincount(label.reshape(-1), minlength=256)
     unknown = [int(class_id) for class_id in np.flatnonzero(histogram[:IGNORE]) if class_id > classes]
     if unknown:
-        problems.append(
-            ValueError(
-                f"{label_path} holds the ids {_shorten(unknown)}, but labels hold 0..{classes} and {IGNORE}: "
-                "renumber it, or check that it is a label of class ids (not of colours or objects)"
-            )
-        )
-    return histogram[: classes + 1].astype(np.int64), problems
+        found = f"holds the ids {_shorten(unknown)}, but labels hold 0..{classes} and {IGNORE}"
+        remedy = "renumber it, or check that it is a label of class ids (not of colours or objects)"
+        errors.append(DataError.of(label_path, found, remedy))
+    return histogram[: classes + 1].astype(np.int64), errors
 
 
 def _count_all(
     name: str,
     paths: Sequence[tuple[str, str]],
-    count: Callable[[tuple[str, str]], tuple[np.ndarray, list[Exception]]],
+    count: Callable[[tuple[str, str]], tuple[np.ndarray, list[DataError]]],
     workers: int | None = None,
 ) -> np.ndarray:
     """Pixels of each class in each label, shape ``(images, N + 1)``; one error for all bad files."""
@@ -145,13 +143,14 @@ def _count_all(
         except BaseException:  # Ctrl-C: do not go on to decode the thousands still waiting
             pool.shutdown(wait=True, cancel_futures=True)
             raise
-    problems = [problem for _, of_image in results for problem in of_image]
-    if problems:
-        missing = all(isinstance(problem, FileNotFoundError) for problem in problems)
-        message = _shorten([str(problem) for problem in problems], separator="; ")
-        if len(problems) > 1:
-            message = f"{name}: {len(problems)} files cannot be used: {message}"
-        raise FileNotFoundError(message) if missing else ValueError(message)
+    errors = [error for _, of_image in results for error in of_image]
+    if errors:
+        message = _shorten(errors, separator="; ")
+        if len(errors) > 1:
+            message = f"{name}: {len(errors)} files cannot be used: {message}"
+        missing = all(isinstance(error, MissingFileError) for error in errors)
+        kind = MissingFileError if missing else DataError
+        raise kind(message, [problem for error in errors for problem in error.problems])
     return np.stack([counts for counts, _ in results])
 
 
@@ -161,7 +160,7 @@ def _shorten(items: Sequence[object], separator: str = ", ", most: int = 10) -> 
     return shown if len(items) <= most else f"{shown}{separator}and {len(items) - most} more"
 
 
-def fingerprint(name: str, classes: int, paths: Sequence[tuple[str, str]], base: Path) -> str:
+def state_of_files(name: str, classes: int, paths: Sequence[tuple[str, str]], base: Path) -> str:
     """A text that changes when the list does, or the size or time of change of any file on it."""
     digest = hashlib.sha256(f"1 {name} {classes}".encode())  # 1: version of what is counted and checked
     for path in (path for pair in paths for path in pair):

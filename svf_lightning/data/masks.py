@@ -9,6 +9,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from svf_lightning.episode import FOREGROUND, IGNORE
+from svf_lightning.errors import DataError
+
+THE_MASK = "the mask"  # what errors here are about; whoever knows its file puts that instead
 
 
 def drawn_mask(image: Image.Image) -> np.ndarray:
@@ -28,7 +31,7 @@ def drawn_mask(image: Image.Image) -> np.ndarray:
         Values 0, 1 and 255, uint8, shape ``(H, W)``.
 
     Raises:
-        ValueError: If the values look like class ids, or several colours are in use.
+        DataError: If the values look like class ids, or several colours are in use.
 
     Example:
         >>> drawn_mask(Image.fromarray(np.array([[0, 200, 255, 90]], np.uint8)))
@@ -43,9 +46,10 @@ def drawn_mask(image: Image.Image) -> np.ndarray:
         return np.zeros(levels.shape, np.uint8)
     shades = len(values) > 2 or (len(values) == 2 and values[0] > 0)
     if shades and 1 < largest < 128:
-        raise ValueError(
-            f"it holds the values {_list(values)}, which look like class ids, but this is the mask of one "
-            "class: draw the class white on black, or use the layout with classes.txt"
+        raise DataError.of(
+            THE_MASK,
+            f"holds the values {_list(values)}, which look like class ids, but this is the mask of one class",
+            "draw the class white on black, or use the layout with classes.txt",
         )
     return (levels > largest / 2).astype(np.uint8)
 
@@ -57,7 +61,7 @@ def class_ids(image: Image.Image) -> np.ndarray:
         Ids as stored, 255 where the label abstains; uint8, shape ``(H, W)``.
 
     Raises:
-        ValueError: If it shows colours, or ids above 255.
+        DataError: If it shows colours, or ids above 255.
     """
     if image.mode in ("L", "P"):
         return np.array(image)
@@ -66,14 +70,12 @@ def class_ids(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I"):
         ids = np.asarray(image)
         if ids.min(initial=0) < 0 or ids.max(initial=0) > 255:
-            raise ValueError(f"it holds ids up to {ids.max()}, but ids end at 255: renumber it")
+            raise DataError.of(THE_MASK, f"holds ids up to {ids.max()}, but ids end at 255", "renumber it")
         return ids.astype(np.uint8)
     colours = np.asarray(image.convert("RGB"))  # (H, W, 3)
     if (colours != colours[..., :1]).any():
-        raise ValueError(
-            f"it shows colours (mode {image.mode}), but a label holds one class id per pixel: "
-            "save it as an 8-bit greyscale or palette PNG"
-        )
+        found = f"shows colours (mode {image.mode}), but a label holds one class id per pixel"
+        raise DataError.of(THE_MASK, found, "save it as an 8-bit greyscale or palette PNG")
     return colours[..., 0].copy()
 
 
@@ -92,17 +94,15 @@ def align(image: Image.Image, mask: Image.Image) -> tuple[Image.Image, Image.Ima
     the mask. The first of these readings in which both have one size is taken.
 
     Raises:
-        ValueError: If they agree in none.
+        DataError: If they agree in none.
     """
     for turned in (displayed(image), image):
         for drawn in (displayed(mask), mask):
             if turned.size == drawn.size:
                 return turned, drawn
     (width, height), (mask_width, mask_height) = displayed(image).size, mask.size
-    raise ValueError(
-        f"the mask is {mask_width}x{mask_height} but its image is {width}x{height} (width x height): "
-        "export the mask at the size of its image"
-    )
+    found = f"is {mask_width}x{mask_height} but its image is {width}x{height} (width x height)"
+    raise DataError.of(THE_MASK, found, "export the mask at the size of its image")
 
 
 def shrink(image: Image.Image, label: np.ndarray, long_side: int | None) -> tuple[Image.Image, np.ndarray]:
@@ -140,9 +140,8 @@ def _refuse_several_colours(colours: np.ndarray, brightest: np.ndarray) -> None:
     hues = (colours > brightest[..., None] / 2) @ np.array([4, 2, 1])
     counts = np.bincount(hues[drawn], minlength=8)
     if drawn.any() and (several := int((counts > 0.02 * drawn.sum()).sum())) > 1:
-        raise ValueError(
-            f"it shows {several} colours, but this is the mask of one class: draw the class white on black"
-        )
+        found = f"shows {several} colours, but this is the mask of one class"
+        raise DataError.of(THE_MASK, found, "draw the class white on black")
 
 
 def _list(values: np.ndarray) -> str:

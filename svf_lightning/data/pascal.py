@@ -8,6 +8,7 @@ from pathlib import Path
 from svf_lightning.data.folds import PASCAL_CLASSES, split_classes
 from svf_lightning.data.index import build_index
 from svf_lightning.data.source import ImageIndex, Split
+from svf_lightning.errors import DataError, MissingFileError
 
 IMAGES = "JPEGImages"
 LABELS = "SegmentationClassAug"
@@ -79,12 +80,15 @@ class Pascal:
             return
         inside = [path for path in (root / "VOCdevkit/VOC2012", root / "VOC2012") if (path / IMAGES).is_dir()]
         if inside:
-            raise FileNotFoundError(f"root is {root}, but the data lies deeper: use root={inside[0]}")
-        raise FileNotFoundError(
-            f"no {', '.join(missing)} under root={root}. Fetch VOCtrainval_11-May-2012.tar of VOC 2012 and "
-            "benchmark.tgz of SBD (Hariharan et al.), then run `svf prepare pascal --voc "
-            f"VOCtrainval_11-May-2012.tar --sbd benchmark.tgz --out {root}`; folders will do for archives"
+            message = f"root is {root}, but the data lies deeper: use root={inside[0]}"
+            raise MissingFileError.of(root, "holds the data deeper", f"use root={inside[0]}", message)
+        remedy = (
+            "Fetch VOCtrainval_11-May-2012.tar of VOC 2012 and benchmark.tgz of SBD (Hariharan et al.), then "
+            "run `svf prepare pascal --voc VOCtrainval_11-May-2012.tar --sbd benchmark.tgz --out "
+            f"{root}`; folders will do for archives"
         )
+        message = f"no {', '.join(missing)} under root={root}. {remedy}"
+        raise MissingFileError.of(root, f"holds no {', '.join(missing)}", remedy, message)
 
     def index(self, split: Split) -> ImageIndex:
         """Index the training or the test images.
@@ -96,7 +100,7 @@ class Pascal:
         if split not in ("train", "val"):
             raise ValueError(f'split is {split!r}; a data set has "train" and "val"')
         image_list = self.train_list if split == "train" else self.val_list
-        pairs = read_list(self.root, image_list)
+        pairs = read_image_list(self.root, image_list)
         cache = Path(self.root) / f"index_{split}_{Path(image_list).stem}.npz"
         return build_index(self.name, self.class_names, pairs, cache=cache)
 
@@ -105,7 +109,7 @@ class Pascal:
         return split_classes(self.name, fold)
 
 
-def read_list(root: str | Path, image_list: str | Path) -> list[tuple[Path, Path]]:
+def read_image_list(root: str | Path, image_list: str | Path) -> list[tuple[Path, Path]]:
     """Image and label paths that a list in the VOC folder layout names.
 
     Two kinds of lines, and blank ones, which are skipped::
@@ -123,9 +127,9 @@ def read_list(root: str | Path, image_list: str | Path) -> list[tuple[Path, Path
     """
     root, path = Path(root), Path(root) / image_list
     if not path.is_file():
-        raise FileNotFoundError(
-            f"no list {image_list} under root={root}: check root, or name the list by its path from there"
-        )
+        remedy = "check root, or name the list by its path from there"
+        message = f"no list {image_list} under root={root}: {remedy}"
+        raise MissingFileError.of(root, f"holds no list {image_list}", remedy, message)
     pairs: list[tuple[Path, Path]] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         match line.split():
@@ -136,21 +140,21 @@ def read_list(root: str | Path, image_list: str | Path) -> list[tuple[Path, Path
             case [image, label]:
                 pairs.append((root / image, root / label))
             case words:
-                raise ValueError(
-                    f"{path}, line {number}: {len(words)} words, but a line is an image id or an image path "
-                    "and a label path (without spaces in them)"
-                )
+                found = f"has {len(words)} words in line {number}"
+                remedy = "a line is an image id, or an image path and a label path (without spaces in them)"
+                message = f"{path}, line {number}: {len(words)} words, but {remedy.replace(',', '', 1)}"
+                raise DataError.of(path, found, remedy, message)
     _check_list(path, pairs)
     return pairs
 
 
 def _check_list(path: Path, pairs: Sequence[tuple[Path, Path]]) -> None:
     if not pairs:
-        raise ValueError(f"{path} lists no images: fetch it again, or name another list")
+        raise DataError.of(path, "lists no images", "fetch it again, or name another list")
     seen: set[Path] = set()
     for image, _ in pairs:
         if image in seen:  # its copy could become its own support
-            raise ValueError(f"{path} lists {image.name} twice: remove one of the lines")
+            raise DataError.of(path, f"lists {image.name} twice", "remove one of the lines")
         seen.add(image)
 
 

@@ -1,4 +1,4 @@
-"""`svf check`: report what was found in a folder of images, and every problem in it."""
+"""What ``svf check`` says about a folder: what was understood, and everything that is wrong."""
 
 import hashlib
 import json
@@ -14,15 +14,17 @@ from svf_lightning.analysis.overlays import Row, class_colour, contact_sheet, ti
 from svf_lightning.data.coco import YEARS, Coco
 from svf_lightning.data.emoji import MARKER, Emoji
 from svf_lightning.data.folder import examine, read_item
-from svf_lightning.data.folder_layouts import list_folder
+from svf_lightning.data.folder_files import below
+from svf_lightning.data.folder_layouts import LAYOUTS, list_folder
 from svf_lightning.data.fss1000 import Fss1000
-from svf_lightning.data.listing import LAYOUTS, Problem, printable
 from svf_lightning.data.masks import shrink
 from svf_lightning.data.pascal import IMAGES, Pascal
 from svf_lightning.data.source import Source
+from svf_lightning.errors import Problem, printable, problems_of
 
 LARGE = 2048  # pixels; reading larger pictures takes most of the time of training
 PICTURES = 8  # of a class on the contact sheet
+REMEDY = "mend it, and check again"  # for errors that bring none
 CELL = 132  # pixels on a side that one of them gets
 
 
@@ -133,13 +135,13 @@ def _survey_folder(root: Path, layout: str, min_share: float) -> Survey:
     try:
         listing = list_folder(root, layout)
     except (OSError, ValueError) as error:
-        return Survey(root, "unknown", problems=[_in_parts(error, root)])
-    number = ("folders", "indexed", "coco").index(listing.layout)
-    survey = Survey(root, f"{listing.layout}: {LAYOUTS.split('; ')[number][4:]}", listing.class_names)
+        problems = [_of_folder(problem, root) for problem in problems_of(error, root, REMEDY)]
+        return Survey(root, "unknown", problems=problems)
+    survey = Survey(root, f"{listing.layout}: {LAYOUTS[listing.layout]}", listing.class_names)
     survey.problems += listing.problems
     results = list(examine(listing))
     for result in results:
-        survey.problems += (p._replace(file=_below(p.file, root)) for p in result.problems)
+        survey.problems += (p._replace(file=below(p.file, root)) for p in result.problems)
     usable = [result for result in results if result.counts is not None]
     if not usable:
         if not survey.problems:
@@ -158,26 +160,28 @@ def _survey_folder(root: Path, layout: str, min_share: float) -> Survey:
                 name = listing.class_names[class_id - 1]
                 found = f"shows {counts[class_id]} pixels of {name}, {100 * share:.2g}% of the picture"
                 remedy = f"cut the picture closer, or use data.source.min_share={0.5 * share:.1g}"
-                file = _below(str(item.mask or item.image), root)
+                file = below(str(item.mask or item.image), root)
                 survey.problems.append(Problem(file, found, f"it is no support; {remedy}", "warning"))
     large = [(size, item) for size, item in zip(survey.sizes, items, strict=True) if max(size) > LARGE]
     if large:
         (width, height), item = max(large, key=lambda pair: max(pair[0]))
         found = f"is {width}x{height}, and {len(large)} pictures have sides of over {LARGE} pixels"
         remedy = "reading them takes most of the time of training; shrink copies to 1024 pixels or so"
-        survey.problems.append(Problem(_below(str(item.image), root), found, remedy, "warning"))
+        survey.problems.append(Problem(below(str(item.image), root), found, remedy, "warning"))
     return survey
 
 
 def _survey_source(root: Path, source: Source) -> Survey:
-    """A published data set, through its own reader, which says in one message what is wrong."""
+    """A published data set, through its own reader."""
     survey = Survey(root, f"{source.name}, as it is published")
     try:
         source.prepare()
         survey.class_names = source.class_names
         indices = [source.index("train"), source.index("val")]
     except (OSError, ValueError) as error:
-        survey.problems += [_in_parts(ValueError(text), root) for text in str(error).split("; ")]
+        survey.problems += (
+            problem._replace(file=below(problem.file, root)) for problem in problems_of(error, root, REMEDY)
+        )
         return survey
     if source.name == "fss1000":  # both splits are all images there
         indices = indices[:1]
@@ -239,18 +243,18 @@ def _twins(files: Iterable[Path], root: Path) -> list[Problem]:
         for file in same_size if len(same_size) > 1 else ():
             content = hashlib.sha256(file.read_bytes()).digest()
             if content in first:
-                found = f"is the same picture as {_below(str(first[content]), root)}"
+                found = f"is the same picture as {below(str(first[content]), root)}"
                 remedy = "delete one; a query that is its own support, or was trained on, measures nothing"
-                problems.append(Problem(_below(str(file), root), found, remedy, "warning"))
+                problems.append(Problem(below(str(file), root), found, remedy, "warning"))
             first.setdefault(content, file)
     return problems
 
 
-def _in_parts(error: Exception, root: Path) -> Problem:
-    """An error that is about the whole folder."""
-    text = str(error).removeprefix(str(root)).lstrip("/: ")
-    found, _, remedy = text.rpartition(": ")
-    return Problem(str(root), found or remedy, remedy if found else "arrange it so, and check again")
+def _of_folder(problem: Problem, root: Path) -> Problem:
+    """A problem that keeps the whole folder from being used, whichever file it lies in."""
+    file = below(problem.file, root)
+    found = problem.found if file == str(root) else f"{file} {problem.found}"
+    return problem._replace(file=str(root), found=found)
 
 
 def _sizes(sizes: Sequence[tuple[int, int]]) -> str:
@@ -259,10 +263,3 @@ def _sizes(sizes: Sequence[tuple[int, int]]) -> str:
     small, large = min(sizes, key=lambda s: s[0] * s[1]), max(sizes, key=lambda s: s[0] * s[1])
     span = f"{small[0]}x{small[1]}" + (f" to {large[0]}x{large[1]}" if small != large else "")
     return f", {span} pixels"
-
-
-def _below(path: str, root: Path) -> str:
-    try:
-        return Path(path).relative_to(root).as_posix()
-    except ValueError:
-        return path

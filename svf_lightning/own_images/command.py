@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from svf_lightning.data.listing import image_files, printable
+from svf_lightning.data.folder_files import image_files
+from svf_lightning.errors import Problem, printable, problems_of
 from svf_lightning.files import replace_file, write_whole
 from svf_lightning.own_images.predict import FewShotPredictor, Segmentation
 from svf_lightning.progress import Progress
 
 
-def find_queries(arguments: Sequence[str], output: Path) -> tuple[dict[Path, str], dict[str, str]]:
+def find_queries(arguments: Sequence[str], output: Path) -> tuple[dict[Path, str], list[Problem]]:
     """The pictures that are meant, and a name for the results of each.
 
     Args:
@@ -26,25 +27,27 @@ def find_queries(arguments: Sequence[str], output: Path) -> tuple[dict[Path, str
 
     Returns:
         Names of the results by picture: its path below the folder given, without its ending unless two would
-        get the same. And what could not be found, with the reason.
+        get the same. And what could not be found, or not be read.
     """
     names: dict[Path, str] = {}
-    failed: dict[str, str] = {}
+    failed: list[Problem] = []
     for argument in arguments:
         matches = [argument] if Path(argument).exists() else sorted(glob.glob(argument, recursive=True))
         if not matches:
-            pattern = glob.has_magic(argument)
-            failed[argument] = (
-                "no file matches: check the pattern" if pattern else "is missing: check the name"
+            pattern = ("no file matches", "check the pattern")
+            failed.append(
+                Problem(
+                    argument, *(pattern if glob.has_magic(argument) else ("is missing", "check the name"))
+                )
             )
         for path in map(Path, matches):
             files, problems = image_files(path) if path.is_dir() else ([path], [])
-            failed |= {p.file: f"{p.found}: {p.remedy}" for p in problems if p.severity == "error"}
+            failed += [problem for problem in problems if problem.severity == "error"]
             for file in files:
                 if output.resolve() not in file.resolve().parents:
                     names.setdefault(file, (file.relative_to(path) if path.is_dir() else file).as_posix())
             if path.is_dir() and not files:
-                failed[str(path)] = "holds no images: name another folder"
+                failed.append(Problem(str(path), "holds no images", "name another folder"))
     # Of a file given by itself only its name stays, or ../../x.jpg would be written somewhere else.
     names = {file: Path(name).name if Path(name) == file else name for file, name in names.items()}
     stems = Counter(Path(name).with_suffix("").as_posix().casefold() for name in names.values())
@@ -56,7 +59,7 @@ def find_queries(arguments: Sequence[str], output: Path) -> tuple[dict[Path, str
         while chosen in unique.values():
             chosen, number = f"{name}_{number}", number + 1
         unique[file] = chosen
-    return unique, failed
+    return unique, list(dict.fromkeys(failed))
 
 
 def predict_files(
@@ -64,7 +67,7 @@ def predict_files(
     queries: Mapping[Path, str],
     output: Path,
     *,
-    failed: Mapping[str, str] | None = None,
+    failed: Sequence[Problem] = (),
     probabilities: bool = False,
 ) -> dict[str, Any]:
     """Segment files and write all results.
@@ -81,7 +84,7 @@ def predict_files(
         predictor: After `fit`.
         queries: Names of the results by file, as `find_queries` gives them.
         output: The folder to write.
-        failed: What is known to be missing, with the reason.
+        failed: What is known to be missing.
         probabilities: Write them, too.
 
     Returns:
@@ -98,7 +101,7 @@ def predict_files(
         "classes": {str(c): name for c, name in enumerate(predictor.class_names, start=1)},
         "supports": {name: len(images) for name, (images, _) in predictor.supports.items()},
         "images": [],
-        "failed": [{"image": file, "error": reason} for file, reason in (failed or {}).items()],
+        "failed": [_failure(problem.file, problem) for problem in failed],
         "not_done": [str(file) for file in queries],
     }
     try:
@@ -111,7 +114,8 @@ def predict_files(
                     written = _write(result, queries[source], output, probabilities)
                     report["images"].append({"image": str(source), **written})
                 except (ValueError, OSError) as error:
-                    report["failed"].append({"image": str(source), "error": str(error)})
+                    (problem,) = problems_of(error, source, "see why, and run again")
+                    report["failed"].append(_failure(str(source), problem))
                 report["not_done"].remove(str(source))
                 progress.advance()
     finally:
@@ -126,10 +130,13 @@ def print_report(report: Mapping[str, Any], output: Path) -> None:
     found = ", ".join(f"{name} in {counts[name]}" for name in report["classes"].values())
     print(f"segmented {len(report['images'])} pictures into {output}: {found}")
     for entry in report["failed"]:
-        reason = entry["error"].removeprefix(entry["image"]).lstrip(": ")
-        print(printable(f"failed: {entry['image']}: {reason}"))
+        print(printable(f"failed: {entry['image']}: {entry['error']}"))
     if report["not_done"]:
         print(f"not done: {len(report['not_done'])} pictures; predictions.json lists them")
+
+
+def _failure(image: str, problem: Problem) -> dict[str, str]:
+    return {"image": image, "error": f"{problem.found}: {problem.remedy}"}
 
 
 def _write(result: Segmentation, name: str, output: Path, probabilities: bool) -> dict[str, Any]:

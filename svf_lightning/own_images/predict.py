@@ -28,8 +28,9 @@ from svf_lightning.data.images import to_tensor
 from svf_lightning.data.masks import shrink
 from svf_lightning.data.transforms import Letterbox, letterbox_size
 from svf_lightning.episode import FOREGROUND, Episode
+from svf_lightning.errors import DataError
 from svf_lightning.models.prototype import Matcher, Prototypes
-from svf_lightning.own_images.supports import Picture, Pictures, read_query, read_supports, several
+from svf_lightning.own_images.supports import Picture, Pictures, read_query, read_supports, refuse, several
 from svf_lightning.runs.run import load_run
 
 
@@ -175,16 +176,18 @@ class FewShotPredictor:
         """
         if shots is not None and (type(shots) is not int or shots < 1):
             raise ValueError(f"shots is {shots!r}; use 1 or more, or None for all supports")
-        bad: list[str] = []
-        examples = read_supports(images, masks, bad)
+        examples, errors = read_supports(images, masks)
         supports = {}
         for name, of_class in examples.items():
-            views = [self._view(*example, name, bad) for example in of_class[:shots]]
-            seen = [view for view in views if view is not None]
+            seen = []
+            for example in of_class[:shots]:
+                try:
+                    seen.append(self._view(*example, name))
+                except DataError as error:
+                    errors.append(error)
             if seen:
                 supports[name] = torch.stack([i for i, _ in seen]), torch.stack([m for _, m in seen])
-        if bad:
-            raise ValueError(f"{len(bad)} supports cannot be used: {' | '.join(bad)}")
+        refuse(errors)
         if not supports:
             raise ValueError("there is no support: give at least one image with its mask")
         if len(supports) > 254:
@@ -261,14 +264,14 @@ class FewShotPredictor:
         starts = range(0, supports, shot)
         return [[(start + k) % supports for k in range(shot)] for start in starts]
 
-    def _view(self, image: Image.Image, mask: np.ndarray, what: str, name: str, bad: list[str]) -> Any:
-        """A support as the network gets it; None, and a line in ``bad``, if nothing of the object is left."""
+    def _view(self, image: Image.Image, mask: np.ndarray, what: str, name: str) -> tuple[Tensor, Tensor]:
+        """A support as the network gets it; a `DataError` if nothing of the object is left."""
         view, label = self._fit(image, mask)
         if not (label == FOREGROUND).any():
             drawn = int((mask == FOREGROUND).sum())
             remedy = "cut the picture closer to it, or raise image_size" if drawn else "draw the object in it"
-            bad.append(f"{what}: the mask of {name} marks {drawn} pixels, too few to see: {remedy}")
-            return None
+            found = f"the mask of {name} marks {drawn} pixels, too few to see"
+            raise DataError.of(what, found, remedy, f"{what}: {found}: {remedy}")
         return view, label.long()
 
     def _fit(self, image: Image.Image, mask: np.ndarray) -> tuple[Tensor, Tensor]:

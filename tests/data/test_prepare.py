@@ -15,7 +15,6 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from svf_lightning.cli import app
-from svf_lightning.data import archives
 from svf_lightning.data import index as index_module
 from svf_lightning.data import prepare as prepare_module
 from svf_lightning.data.coco import Coco
@@ -151,7 +150,7 @@ def test_what_was_prepared_gives_episodes_of_disjoint_classes(voc_archives, tmp_
 
 
 def test_the_published_numbers_are_those_of_the_protocol():
-    # The authors' lists: with the training trick, without, test
+    # reference/protocol.md, section 2: with the training trick, without, test
     with_trick, without, test = zip(*PASCAL_FOLD_IMAGES, strict=True)
     assert with_trick == (4208, 3726, 2752, 4510)
     assert without == (4760, 4588, 4097, 5108)
@@ -276,16 +275,16 @@ def test_a_folder_with_two_vocs_is_refused(voc_folders, tmp_path):
 
 
 def test_a_published_archive_is_compared_with_its_checksum(voc_archives, tmp_path, monkeypatch):
-    for name, path in zip(archives.MD5, voc_archives, strict=True):
+    for name, path in zip(prepare_module.MD5, voc_archives, strict=True):
         shutil.copyfile(path, tmp_path / name)
-    given = [tmp_path / name for name in archives.MD5]
+    given = [tmp_path / name for name in prepare_module.MD5]
 
     with pytest.raises(
         ValueError, match=r"VOCtrainval_11-May-2012\.tar is not the published file \(MD5 .* instead of 6cd6"
     ):
         prepare_pascal(*given, tmp_path / "out")
     sums = {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in given}
-    monkeypatch.setattr(archives, "MD5", sums)
+    monkeypatch.setattr(prepare_module, "MD5", sums)
     assert prepare_pascal(*given, tmp_path / "out")[2].found == 14
 
 
@@ -312,7 +311,7 @@ def test_a_folder_that_may_not_be_read_is_named(voc_folders, tmp_path, monkeypat
         onerror(PermissionError(13, "Permission denied", f"{folder}/JPEGImages"))
         return iter(())
 
-    monkeypatch.setattr(archives.os, "walk", refuse)
+    monkeypatch.setattr(prepare_module.os, "walk", refuse)
     with pytest.raises(ValueError, match=r"VOCdevkit/JPEGImages may not be read"):
         prepare_pascal(*voc_folders, tmp_path / "out")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from svf_lightning.data.datamodule import FewShotDataModule
-from svf_lightning.data.episode_list import read_list, seeds_of, write_list
+from svf_lightning.data.episode_list import read_episode_list, seeds_of, write_list
 from svf_lightning.data.episodes import class_lists
 from svf_lightning.data.folds import class_roles, split_classes
 from svf_lightning.data.protocol import describe, digest, episode_rows
@@ -199,5 +199,5 @@ def test_a_list_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
 def test_a_list_read_alone_names_positions_and_classes_of_the_index(tmp_path):
     path = written(tmp_path / "list.jsonl", 0)
     index = Scenes().index("val")
-    draws = read_list(path, index, (3, 4), seed=0, edition="made up", fold=1, shot=2)
+    draws = read_episode_list(path, index, (3, 4), seed=0, edition="made up", fold=1, shot=2)
     assert draws == [evaluation().test_set.draw(0, i) for i in range(9)]

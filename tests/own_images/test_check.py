@@ -618,6 +618,39 @@ def test_a_published_data_set_is_recognised(tmp_path):
     assert survey.count("error") == sum(1 for c in range(1, 21) if not len(survey.shares(c)))
 
 
+def test_a_published_data_set_without_labels_and_lists_has_one_problem(tmp_path):
+    root = tmp_path / "voc"
+    (root / "JPEGImages").mkdir(parents=True)
+
+    (problem,) = check(root).problems
+    assert problem.file == str(root)
+    assert problem.found.startswith("holds no SegmentationClassAug, ImageSets/Segmentation/")
+    assert problem.remedy.endswith("; folders will do for archives")
+
+
+def test_every_bad_file_of_a_published_data_set_is_one_problem_even_with_odd_names(tmp_path):
+    make_voc(tmp_path)
+    first, second = sorted((tmp_path / "SegmentationClassAug").glob("*.png"))[:2]
+    first.write_bytes(b"")
+    second.unlink()
+
+    assert [(p.file, p.found) for p in check(tmp_path, shot=0).problems] == [
+        (f"SegmentationClassAug/{first.name}", "cannot be decoded (empty, 0 bytes)"),
+        (f"SegmentationClassAug/{second.name}", "is missing"),
+    ]
+
+
+@pytest.mark.parametrize("folder", ["a: b", "a; b"])
+def test_a_name_with_marks_in_it_is_kept_whole(folder, tmp_path):
+    root = tmp_path / folder
+    make_folder(root, images=2, size=32, plain=True)
+    (root / STAR).rename(root / "images/star/odd: name; too.jpg")
+    (root / MASK).write_bytes(b"")
+
+    found = {(p.file, p.found) for p in check(root, shot=0).problems if p.severity == "error"}
+    assert found == {("images/star/odd: name; too.jpg", "has no mask")}
+
+
 def run(*arguments: object):
     return CliRunner().invoke(app, ["check", *map(str, arguments)])
 

@@ -1,20 +1,18 @@
-"""What a listing of a user's folder is made of: pictures, names, and problems with them. Opens no picture."""
+"""The files in a user's folder, by their names: pictures, masks, texts, and what does not fit together.
+
+Nothing here opens a picture, and nothing that is wrong with one file hides another.
+"""
 
 import os
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
+
+from svf_lightning.errors import DataError, Problem, printable
 
 Layout = Literal["folders", "indexed", "coco"]
-
-
-LAYOUTS = (
-    "(1) images/<class>/x.jpg with masks/<class>/x.png; "
-    "(2) images/x.jpg with masks/x.png of class ids, and classes.txt; "
-    "(3) annotations.json in COCO's format, with images/"
-)
-
 
 IMAGE_ENDINGS = frozenset(
     (
@@ -23,25 +21,13 @@ IMAGE_ENDINGS = frozenset(
     )
 )
 
-
 UNREAD_ENDINGS = frozenset(  # pictures to their owner, but not to Pillow
     (".heic", ".heif", ".raw", ".dng", ".cr2", ".nef", ".arw", ".psd", ".svg", ".pdf", ".dcm", ".npy", ".nii")
 )
 
-
 IGNORED_NAMES = frozenset(("thumbs.db", "desktop.ini", "__macosx", "@eadir"))
 
-
-class Problem(NamedTuple):
-    """Something wrong with one file, or worth knowing; an error keeps that file from being used."""
-
-    file: str
-    found: str
-    remedy: str
-    severity: Literal["error", "warning"] = "error"
-
-    def __str__(self) -> str:
-        return printable(f"{self.file}: {self.found}; {self.remedy}")
+MASK_ENDINGS = ("", "_mask", "-mask")  # x.jpg may have x.png, x_mask.png or x-mask.png
 
 
 @dataclass(frozen=True)
@@ -103,11 +89,47 @@ def image_files(folder: Path) -> tuple[list[Path], list[Problem]]:
     return files, problems
 
 
-def wanted_folder(root: Path, name: str) -> Path:
-    folder = subfolder(root, name)
-    if folder is None:
-        raise FileNotFoundError(f"{root} has no folder {name}/: the layouts are {LAYOUTS}")
-    return folder
+def pair_masks(
+    images: Sequence[Path], image_root: Path, masks: Sequence[Path], mask_root: Path
+) -> tuple[list[tuple[Path, Path]], list[Problem]]:
+    """Bring every image together with the mask of its name.
+
+    Names are compared as seen: without their ending, whatever the case, and however their accents are
+    stored (macOS takes them apart).
+
+    Returns:
+        The pairs, and the files without a partner or with too many.
+    """
+    by_name: dict[str, list[Path]] = {}
+    for mask in masks:
+        by_name.setdefault(same_name(mask.relative_to(mask_root).with_suffix("").as_posix()), []).append(mask)
+    pairs, problems = [], []
+    first: dict[str, Path] = {}
+    used: set[Path] = set()
+    for image in images:
+        relative = image.relative_to(image_root)
+        name = same_name(relative.with_suffix("").as_posix())
+        if name in first:
+            found = f"is ambiguous, as {first[name].name} has the same name and one mask would stand for both"
+            problems.append(Problem(str(image), found, "rename one of them, and its mask"))
+            continue
+        first[name] = image
+        candidates = [name + ending for ending in MASK_ENDINGS] + [same_name(relative.as_posix())]
+        matching = next((by_name[candidate] for candidate in candidates if candidate in by_name), [])
+        used.update(matching)
+        if len(matching) == 1:
+            pairs.append((image, matching[0]))
+        elif matching:
+            names = ", ".join(mask.name for mask in matching)
+            problems.append(Problem(str(image), f"has {len(matching)} masks: {names}", "keep one of them"))
+        else:
+            wanted = mask_root / relative.with_suffix(".png")
+            problems.append(Problem(str(image), "has no mask", f"draw {wanted}, or move the image elsewhere"))
+    for mask in masks:
+        if mask not in used:
+            remedy = f"add its image to {image_root}, or delete it"
+            problems.append(Problem(str(mask), "is a mask without an image", remedy, "warning"))
+    return pairs, problems
 
 
 def subfolder(root: Path, name: str) -> Path | None:
@@ -116,23 +138,35 @@ def subfolder(root: Path, name: str) -> Path | None:
     )
 
 
-def find_entry(root: Path, name: str) -> Path | None:
+def find(root: Path, name: str) -> Path | None:
     return next((path for path in sorted(root.iterdir()) if path.name.casefold() == name), None)
 
 
+def is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name too long, or one that no file can have
+        return False
+
+
 def read_text(path: Path) -> str:
-    """A text file; the mark that Windows puts at the beginning of one is taken off."""
+    """A text file; the mark that Windows puts at the beginning of one is taken off.
+
+    Raises:
+        DataError: If it cannot be read, or is not UTF-8.
+    """
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text: save it as UTF-8") from None
+        raise DataError.of(path, "is not UTF-8 text", "save it as UTF-8") from None
     except PermissionError:
-        raise ValueError(f"{path} may not be read (permission denied): allow it with `chmod u+r`") from None
+        found = "may not be read (permission denied)"
+        raise DataError.of(path, found, "allow it with `chmod u+r`") from None
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}): put a text file there") from None
+        raise DataError.of(path, f"cannot be read ({error.strerror})", "put a text file there") from None
 
 
-def image_id(image: Path, folder: Path) -> str:
+def id_of(image: Path, folder: Path) -> str:
     return name_of(image.relative_to(folder).with_suffix("").as_posix())
 
 
@@ -146,17 +180,14 @@ def name_of(text: str) -> str:
     return printable(unicodedata.normalize("NFC", text))
 
 
-def printable(text: str) -> str:
-    r"""A text with bytes that are no UTF-8 spelled out, as old archives leave them in file names.
-
-    Python keeps such bytes as lone surrogates, which neither a terminal nor a file takes.
-
-    Example:
-        >>> print(printable(b"caf\xe9.jpg".decode("utf-8", "surrogateescape")))
-        caf\udce9.jpg
-    """
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
 def is_hidden(name: str) -> bool:
     return name.startswith((".", "~$")) or name.casefold() in IGNORED_NAMES
+
+
+def below(path: str, root: Path) -> str:
+    """A path relative to ``root``, where it lies in there."""
+    try:
+        relative = Path(path).relative_to(root)
+    except ValueError:
+        return path
+    return relative.as_posix() if relative.parts else path
