@@ -55,7 +55,7 @@ class Scenes:
     edition: str = "made up"
     class_names: tuple[str, ...] = CLASSES
 
-    def prepare(self) -> None:
+    def ensure(self) -> None:
         pass
 
     def index(self, split: str) -> ImageIndex:

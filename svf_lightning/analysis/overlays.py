@@ -80,7 +80,7 @@ def add_legend(image: Image.Image, entries: Sequence[tuple[str, Colour]]) -> Ima
 
 
 @dataclass(frozen=True)
-class Row:
+class SheetRow:
     """One class on a contact sheet."""
 
     title: str
@@ -88,7 +88,7 @@ class Row:
     pictures: Sequence[tuple[str, Image.Image]]  # caption and picture
 
 
-def contact_sheet(title: str, note: str, rows: Sequence[Row], path: Path, cell: int = 132) -> None:
+def contact_sheet(title: str, note: str, rows: Sequence[SheetRow], path: Path, cell: int = 132) -> None:
     """Draw a PNG with one row of pictures per class.
 
     Args:

@@ -44,7 +44,7 @@ STEPS = {
     "decode_label": "decode the label",
     "binary_mask": "mask of the class",
     "normalize": "normalise",
-    "resize": "resize",
+    "resize_pair": "resize",
     "_rotate": "rotate (half of them)",
     "_blur": "blur (half of them)",
     "_crop": "crop",

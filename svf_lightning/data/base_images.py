@@ -96,7 +96,7 @@ class BaseDataModule(pl.LightningDataModule):
         self.batch_size = batch_size
 
     def prepare_data(self) -> None:
-        self.source.prepare()
+        self.source.ensure()
 
     def setup(self, stage: str | None = None) -> None:
         if stage in ("fit", "validate", None):

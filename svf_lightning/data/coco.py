@@ -95,7 +95,7 @@ class Coco:
         """The year and how the folds are cut."""
         return f"{self.year}, {self.convention} folds"
 
-    def prepare(self) -> None:
+    def ensure(self) -> None:
         """Draw the labels, unless they are there; a drawing that was interrupted goes on.
 
         Raises:
@@ -117,7 +117,7 @@ class Coco:
             raise ValueError(f'split is {split!r}; a data set has "train" and "val"')
         images, labels = Path(self.root) / f"{split}{self.year}", self._labels(split)
         if not (labels / LIST).is_file():
-            raise FileNotFoundError(f"no {labels / LIST}: the labels are not drawn yet; call prepare() first")
+            raise FileNotFoundError(f"no {labels / LIST}: the labels are not drawn yet; call ensure() first")
         names = (labels / LIST).read_text(encoding="utf-8").splitlines()
         return build_index(
             self.name,

@@ -97,7 +97,7 @@ class FewShotDataModule(pl.LightningDataModule):
         self.val_episodes, self.test_episodes = val_episodes, test_episodes
 
     def prepare_data(self) -> None:
-        self.source.prepare()
+        self.source.ensure()
         # Lightning lets one process run this before all others go on, so these find the counts in the cache.
         self.source.index("train")
         self.source.index("val")

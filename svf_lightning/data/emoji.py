@@ -91,7 +91,7 @@ class Emoji:
             f"made with seed {self.seed}"
         )
 
-    def prepare(self) -> None:
+    def ensure(self) -> None:
         """Make the images, unless they are there.
 
         They are made in a folder of their own that is renamed to ``root`` when it is whole. So an
@@ -127,7 +127,7 @@ class Emoji:
         if split not in SPLIT_TAGS:
             raise ValueError(f'split is {split!r}; a data set has "train" and "val"')
         if not self._is_made():
-            raise FileNotFoundError(f"no emoji images under root={self.root}: call prepare() first")
+            raise FileNotFoundError(f"no emoji images under root={self.root}: call ensure() first")
         pairs = read_image_list(self.root, f"{LISTS}/{split}.txt")
         return build_index(self.name, self.class_names, pairs, cache=Path(self.root) / f"index_{split}.npz")
 

@@ -126,7 +126,7 @@ class Folder:
         """
         return list_folder(str(self.root), self.layout)
 
-    def prepare(self) -> None:
+    def ensure(self) -> None:
         """Look through the folder.
 
         Raises:

@@ -117,7 +117,7 @@ class Fss1000:
         names = sorted(title for classes in self._lists.values() for title in classes)
         return (*names[: IGNORE - 1], "", *names[IGNORE - 1 :]) if len(names) >= IGNORE else tuple(names)
 
-    def prepare(self) -> None:
+    def ensure(self) -> None:
         """Check that lists and folders are there.
 
         Raises:

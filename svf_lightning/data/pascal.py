@@ -67,7 +67,7 @@ class Pascal:
         own = [name for name in (self.train_list, self.val_list) if name not in (TRAIN_LIST, VAL_LIST)]
         return ", ".join(["contiguous folds", *own])
 
-    def prepare(self) -> None:
+    def ensure(self) -> None:
         """Check that folders and lists are there.
 
         Raises:

@@ -164,7 +164,7 @@ def prepare_coco(
         wanted = {rf"{name}/[^/.]+\.jpg": name for name in (f"train{year}", f"val{year}")}
         expected = f"train{year}.zip or val{year}.zip, or a folder of that name"
         _unpack(Path(path), wanted, out, expected=expected)
-    source.prepare()
+    source.ensure()
     return [
         Count(f"{split}{year} with objects", len(source.index(split)), published)  # type: ignore[arg-type]
         for split, published in zip(("train", "val"), COCO_IMAGES[year], strict=True)

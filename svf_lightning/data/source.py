@@ -41,7 +41,7 @@ class Source(Protocol):
     def min_pixels(self) -> int:
         """Pixels of a class that an image must show to count as an image of that class."""
 
-    def prepare(self) -> None:
+    def ensure(self) -> None:
         """Make the data or check that it is there. Called once, in the main process."""
 
     def index(self, split: Split) -> ImageIndex:

@@ -66,7 +66,7 @@ def normalize(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Ten
     return (image - 255 * _per_channel(mean)) / (255 * _per_channel(std))
 
 
-def resize(image: Tensor, label: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+def resize_pair(image: Tensor, label: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     """Image and label at another size: bilinear without antialiasing, and nearest.
 
     With ``height == width`` this is the squashing resize of HSNet (400) and PANet (417).
@@ -135,7 +135,7 @@ def letterbox(
         that CyCTR adds is ``label == 255``.
     """
     rows, columns = letterbox_size(image.shape[-2], image.shape[-1], size, multiple)
-    image, label = resize(image, label, rows, columns)
+    image, label = resize_pair(image, label, rows, columns)
     canvas = _per_channel(pad).repeat(1, size, size)
     canvas[:, :rows, :columns] = image
     label_canvas = label.new_full((size, size), IGNORE)
@@ -240,7 +240,7 @@ class Augment:
         image = normalize(image, self.mean, self.std)
         factor = generator.uniform(self.scale[0], self.scale[1])
         height, width = (max(1, round(side * factor)) for side in image.shape[-2:])
-        image, mask = resize(image, mask, height, width)
+        image, mask = resize_pair(image, mask, height, width)
         if generator.random() < self.rotate_p:
             image, mask = _rotate(image, mask, generator.uniform(-self.rotate, self.rotate))
         if generator.random() < self.blur_p:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from svf_lightning.analysis.overlays import Row, class_colour, contact_sheet, tint
+from svf_lightning.analysis.overlays import SheetRow, class_colour, contact_sheet, tint
 from svf_lightning.data.coco import YEARS, Coco
 from svf_lightning.data.emoji import MARKER, Emoji
 from svf_lightning.data.folder import examine, read_item
@@ -33,7 +33,8 @@ class Survey:
     """What a folder holds."""
 
     root: Path
-    layout: str
+    layout: str  # its name
+    about: str = ""  # what the layout is
     class_names: Sequence[str] = ()
     ids: list[str] = field(default_factory=list)  # of the usable images
     sizes: list[tuple[int, int]] = field(default_factory=list)  # width and height
@@ -80,7 +81,7 @@ def print_survey(survey: Survey) -> None:
 
     console = Console(highlight=False, soft_wrap=True)
     images = len(survey.ids)
-    console.print(f"[bold]{escape(printable(str(survey.root)))}[/]: layout {survey.layout}")
+    console.print(f"[bold]{escape(printable(str(survey.root)))}[/]: layout {survey.layout}: {survey.about}")
     if images:
         console.print(f"{images} usable images of {len(survey.class_names)} classes{_sizes(survey.sizes)}")
         table = Table()
@@ -126,8 +127,8 @@ def draw_survey(survey: Survey, path: Path) -> None:
         shares = survey.shares(class_id)
         fills = f"\nfills {100 * np.median(shares):.1f}%" if len(shares) else ""
         if name:
-            rows.append(Row(f"{class_id} {name}", f"{len(positions)} images{fills}", pictures))
-    note = f"layout {survey.layout.split(':')[0]}, {len(survey.ids)} images{_sizes(survey.sizes)}"
+            rows.append(SheetRow(f"{class_id} {name}", f"{len(positions)} images{fills}", pictures))
+    note = f"layout {survey.layout}, {len(survey.ids)} images{_sizes(survey.sizes)}"
     contact_sheet(survey.root.absolute().name, note, rows[:60], path, CELL)
 
 
@@ -136,8 +137,8 @@ def _survey_folder(root: Path, layout: str, min_share: float) -> Survey:
         listing = list_folder(root, layout)
     except (OSError, ValueError) as error:
         problems = [_of_folder(problem, root) for problem in problems_of(error, root, REMEDY)]
-        return Survey(root, "unknown", problems=problems)
-    survey = Survey(root, f"{listing.layout}: {LAYOUTS[listing.layout]}", listing.class_names)
+        return Survey(root, "unknown", "none of those that are read", problems=problems)
+    survey = Survey(root, listing.layout, LAYOUTS[listing.layout], listing.class_names)
     survey.problems += listing.problems
     results = list(examine(listing))
     for result in results:
@@ -173,9 +174,9 @@ def _survey_folder(root: Path, layout: str, min_share: float) -> Survey:
 
 def _survey_source(root: Path, source: Source) -> Survey:
     """A published data set, through its own reader."""
-    survey = Survey(root, f"{source.name}, as it is published")
+    survey = Survey(root, source.name, "as it is published")
     try:
-        source.prepare()
+        source.ensure()
         survey.class_names = source.class_names
         indices = [source.index("train"), source.index("val")]
     except (OSError, ValueError) as error:

@@ -24,7 +24,7 @@ def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("made") / "coco"
     labels = make_coco(root)
     source = Coco(root, min_pixels=1000)
-    source.prepare()
+    source.ensure()
     return source, labels
 
 
@@ -68,7 +68,7 @@ def test_the_2017_layout_is_read_too(tmp_path):
     labels = make_coco(tmp_path, year="2017", images=6)
     for year in ("2017", 2017):  # Hydra makes a number of data.source.year=2017
         source = Coco(tmp_path, year=year)
-        source.prepare()
+        source.ensure()
         index = source.index("val")
         assert index.ids[0] == "000000000025"
         np.testing.assert_array_equal(index.read(0)[1].numpy(), labels["000000000025"])
@@ -103,7 +103,7 @@ def test_an_image_of_nothing_but_a_crowd_is_left_out(fresh):
 
     before = 6
     edit(fresh.root, crowd_only)
-    fresh.prepare()
+    fresh.ensure()
     assert len(fresh.index("train")) == before - 1
     assert len(fresh.index("val")) == before
 
@@ -162,7 +162,7 @@ def test_the_smallest_object_that_counts_has_2048_pixels(tmp_path):
     edit(tmp_path, lambda t: t["annotations"][0].update(segmentation=rectangle(0, 0, 64, 32)))
     edit(tmp_path, lambda t: t["annotations"][1].update(segmentation=rectangle(0, 40, 23, 99)))
     source = Coco(tmp_path)
-    source.prepare()
+    source.ensure()
     index = source.index("train")
     sizes = sorted(index.pixels[1, 1:][index.pixels[1, 1:] > 0].tolist())
 
@@ -172,11 +172,11 @@ def test_the_smallest_object_that_counts_has_2048_pixels(tmp_path):
 
 
 def test_a_second_start_neither_parses_nor_draws(fresh, monkeypatch):
-    fresh.prepare()
+    fresh.ensure()
     monkeypatch.setattr(coco_module, "read_annotations", None)
     monkeypatch.setattr(coco_module, "draw_labels", None)
 
-    pickle.loads(pickle.dumps(fresh)).prepare()
+    pickle.loads(pickle.dumps(fresh)).ensure()
     assert len(fresh.index("train")) == 6
 
 
@@ -191,14 +191,14 @@ def test_an_interrupted_drawing_goes_on_where_it_stopped(fresh, monkeypatch):
 
     monkeypatch.setattr(coco_module, "draw_label", stopping)
     with pytest.raises(KeyboardInterrupt):
-        fresh.prepare()
+        fresh.ensure()
     assert not (fresh.root / "labels/train2014").exists()
     with pytest.raises(FileNotFoundError, match="the labels are not drawn yet"):
         fresh.index("train")
 
     again = []
     monkeypatch.setattr(coco_module, "draw_label", lambda *a: again.append(1) or draw_label(*a))
-    fresh.prepare()
+    fresh.ensure()
     assert len(again) == 6 - 4 + 6  # the rest of train, and val
     assert sorted(path.name for path in (fresh.root / "labels").iterdir()) == ["train2014", "val2014"]
     assert len(fresh.index("train")) == 6
@@ -210,11 +210,11 @@ def test_an_interrupted_drawing_does_not_go_on_with_other_annotations(fresh, mon
 
     monkeypatch.setattr(coco_module.os, "rename", stop)
     with pytest.raises(KeyboardInterrupt):
-        fresh.prepare()
+        fresh.ensure()
     monkeypatch.undo()
     edit(fresh.root, lambda t: t["annotations"][0].update(category_id=CATEGORY_IDS[76]))
 
-    fresh.prepare()
+    fresh.ensure()
     assert fresh.index("train").pixels[:, 77].sum() > 0
 
 
@@ -226,13 +226,13 @@ def test_two_jobs_that_draw_at_once_both_end_well(fresh, monkeypatch):
         rename(partial, folder)
 
     monkeypatch.setattr(coco_module.os, "rename", beaten)
-    fresh.prepare()
+    fresh.ensure()
     assert len(fresh.index("train")) == 6
 
 
 def test_labels_may_lie_elsewhere(fresh, tmp_path):
     source = Coco(fresh.root, labels=tmp_path / "drawn")
-    source.prepare()
+    source.ensure()
 
     assert len(source.index("val")) == 6
     assert not (fresh.root / "labels").exists()
@@ -252,7 +252,7 @@ def test_a_full_disk_is_told_and_keeps_what_was_drawn(fresh, monkeypatch):
     with pytest.raises(
         ValueError, match=r"labels cannot be written to .*train2014 \(No space left on device\): make"
     ):
-        fresh.prepare()
+        fresh.ensure()
     assert len(list((fresh.root / "labels").glob("*.partial-*/*.png"))) == 3
 
 
@@ -262,7 +262,7 @@ def test_a_folder_that_may_not_be_written_is_told(fresh, monkeypatch):
 
     monkeypatch.setattr("pathlib.Path.mkdir", refuse)  # root, whom CI runs as, may write anywhere
     with pytest.raises(ValueError, match=r"cannot be written .*\(Permission denied\).*data\.source\.labels="):
-        fresh.prepare()
+        fresh.ensure()
 
 
 def test_what_is_missing_is_listed_with_what_to_fetch(fresh):
@@ -270,11 +270,11 @@ def test_what_is_missing_is_listed_with_what_to_fetch(fresh):
     with pytest.raises(
         FileNotFoundError, match=r"no annotations/instances_train2014.json under root=.*Fetch"
     ):
-        fresh.prepare()
+        fresh.ensure()
     with pytest.raises(
         FileNotFoundError, match=r"no annotations/.*2017.json, train2017 under root=.*--year 2017"
     ):
-        Coco(fresh.root, year="2017").prepare()
+        Coco(fresh.root, year="2017").ensure()
 
 
 def test_annotations_without_their_images_are_counted(fresh):
@@ -284,7 +284,7 @@ def test_annotations_without_their_images_are_counted(fresh):
     with pytest.raises(
         FileNotFoundError, match=r"val2014 lacks 2 of the 6 images that instances_val2014.json"
     ):
-        fresh.prepare()
+        fresh.ensure()
 
 
 def test_a_truncated_annotation_file_is_named(fresh):
@@ -292,7 +292,7 @@ def test_a_truncated_annotation_file_is_named(fresh):
     path.write_text(path.read_text()[:-100])
 
     with pytest.raises(ValueError, match=r"instances_train2014.json is damaged \(.*: unpack it again"):
-        fresh.prepare()
+        fresh.ensure()
 
 
 @pytest.mark.parametrize(
@@ -329,13 +329,13 @@ def test_annotations_that_cannot_be_used_are_refused_by_what_is_wrong(fresh, cha
     edit(fresh.root, change)
 
     with pytest.raises(ValueError, match=message) as caught:
-        fresh.prepare()
+        fresh.ensure()
     assert "\n" not in str(caught.value)
     assert not (fresh.root / "labels/train2014").exists()
 
 
 def test_a_broken_image_is_found_by_the_index(fresh):
-    fresh.prepare()
+    fresh.ensure()
     path = sorted((fresh.root / "train2014").glob("*.jpg"))[2]
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -344,7 +344,7 @@ def test_a_broken_image_is_found_by_the_index(fresh):
 
 
 def test_an_image_of_another_size_than_annotated_is_found_by_the_index(fresh):
-    fresh.prepare()
+    fresh.ensure()
     path = sorted((fresh.root / "train2014").glob("*.jpg"))[2]
     Image.new("RGB", (31, 17)).save(path)
 

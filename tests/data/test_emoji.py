@@ -35,8 +35,8 @@ def test_an_image_is_the_same_whichever_images_are_made_before_it():
 
 
 def test_an_image_does_not_depend_on_how_many_are_made(root):
-    Emoji(root / "few", **SMALL).prepare()
-    Emoji(root / "more", **{**SMALL, "train_images": 9, "val_images": 5}).prepare()
+    Emoji(root / "few", **SMALL).ensure()
+    Emoji(root / "more", **{**SMALL, "train_images": 9, "val_images": 5}).ensure()
 
     few, more = files(root / "few"), files(root / "more")
     pictures = [name for name in few if name.endswith((".jpg", ".png"))]
@@ -46,7 +46,7 @@ def test_an_image_does_not_depend_on_how_many_are_made(root):
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(root):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        Emoji(root / name, **SMALL, seed=seed).prepare()
+        Emoji(root / name, **SMALL, seed=seed).ensure()
 
     assert files(root / "a") == files(root / "b")
     assert (
@@ -97,7 +97,7 @@ def test_ten_images_in_a_row_show_every_class_once():
 
 def test_every_object_is_visible_enough_to_count(root):
     source = Emoji(root, train_images=1, val_images=30)
-    source.prepare()
+    source.ensure()
     index = source.index("val")
 
     for number in range(30):
@@ -113,7 +113,7 @@ def test_min_pixels_have_the_share_of_an_image_that_2048_have_in_voc():
 
 def test_the_index_reads_what_was_drawn(root):
     source = Emoji(root, **SMALL)
-    source.prepare()
+    source.ensure()
     index = source.index("train")
 
     assert index.ids[5] == "emoji_train_000005"
@@ -125,7 +125,7 @@ def test_the_index_reads_what_was_drawn(root):
 
 
 def test_viewers_show_labels_in_voc_colours(root):
-    Emoji(root, **SMALL).prepare()
+    Emoji(root, **SMALL).ensure()
 
     with Image.open(root / "SegmentationClassAug/emoji_val_000000.png") as label:
         assert label.mode == "P"
@@ -133,22 +133,22 @@ def test_viewers_show_labels_in_voc_colours(root):
 
 
 def test_licences_travel_with_the_images(root):
-    Emoji(root, **SMALL).prepare()
+    Emoji(root, **SMALL).ensure()
 
     assert "CC-BY-4.0" in (root / "LICENSES.md").read_text()
 
 
 def test_a_second_prepare_changes_nothing(root):
-    Emoji(root, **SMALL).prepare()
+    Emoji(root, **SMALL).ensure()
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
-    Emoji(root, **SMALL).prepare()
+    Emoji(root, **SMALL).ensure()
 
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
 
 
 def test_an_empty_folder_may_be_the_root(root):
     root.mkdir(parents=True)
-    Emoji(root, **SMALL).prepare()
+    Emoji(root, **SMALL).ensure()
 
     assert (root / MARKER).is_file()
 
@@ -162,10 +162,10 @@ def test_an_interrupted_making_leaves_nothing_and_the_next_start_makes_it_whole(
     with monkeypatch.context() as patch:
         patch.setattr(emoji_module, "draw", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            Emoji(root, **SMALL).prepare()
+            Emoji(root, **SMALL).ensure()
     assert list(root.parent.iterdir()) == []
 
-    Emoji(root, **SMALL).prepare()
+    Emoji(root, **SMALL).ensure()
     assert len(list((root / "JPEGImages").iterdir())) == 10
 
 
@@ -173,31 +173,31 @@ def test_what_a_killed_job_left_behind_is_not_taken_for_a_set(root):
     left = root.with_name("emoji.partial-0123abcd")
     (left / "JPEGImages").mkdir(parents=True)
 
-    Emoji(root, **SMALL).prepare()
+    Emoji(root, **SMALL).ensure()
     assert len(Emoji(root, **SMALL).index("train")) == 6
 
 
 def test_jobs_that_start_together_end_with_one_whole_set(root):
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: Emoji(root, **SMALL).prepare(), range(4)))
+        list(pool.map(lambda _: Emoji(root, **SMALL).ensure(), range(4)))
 
     assert [path.name for path in root.parent.iterdir()] == ["emoji"]
     assert len(Emoji(root, **SMALL).index("train")) == 6
 
 
 def test_a_set_of_other_settings_is_refused_with_the_difference(root):
-    Emoji(root, **SMALL).prepare()
+    Emoji(root, **SMALL).ensure()
 
     with pytest.raises(ValueError, match=r"made with train_images 6 instead of 7, seed 0 instead of 1: name"):
-        Emoji(root, **{**SMALL, "train_images": 7}, seed=1).prepare()
+        Emoji(root, **{**SMALL, "train_images": 7}, seed=1).ensure()
 
 
 def test_a_set_of_an_older_generator_is_refused(root, monkeypatch):
-    Emoji(root, **SMALL).prepare()
+    Emoji(root, **SMALL).ensure()
     monkeypatch.setattr(emoji_module, "GENERATOR", 99)
 
     with pytest.raises(ValueError, match="made with generator 1 instead of 99"):
-        Emoji(root, **SMALL).prepare()
+        Emoji(root, **SMALL).ensure()
 
 
 def test_a_folder_of_something_else_is_refused_and_kept(root):
@@ -205,7 +205,7 @@ def test_a_folder_of_something_else_is_refused_and_kept(root):
     (root / "thesis.tex").write_text("years of work")
 
     with pytest.raises(ValueError, match="exists but holds no emoji images"):
-        Emoji(root, **SMALL).prepare()
+        Emoji(root, **SMALL).ensure()
     assert (root / "thesis.tex").read_text() == "years of work"
 
 
@@ -215,18 +215,18 @@ def test_a_damaged_marker_is_refused(root, content):
     (root / MARKER).write_text(content)
 
     with pytest.raises(ValueError, match=r"emoji\.json is damaged: delete"):
-        Emoji(root, **SMALL).prepare()
+        Emoji(root, **SMALL).ensure()
 
 
 def test_a_root_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
 
     with pytest.raises(ValueError, match=r"cannot be written to root=.*file/emoji .*name another root"):
-        Emoji(tmp_path / "file" / "emoji", **SMALL).prepare()
+        Emoji(tmp_path / "file" / "emoji", **SMALL).ensure()
 
 
-def test_an_index_before_prepare_is_refused(root):
-    with pytest.raises(FileNotFoundError, match=r"no emoji images under root=.*call prepare\(\) first"):
+def test_an_index_before_ensure_is_refused(root):
+    with pytest.raises(FileNotFoundError, match=r"no emoji images under root=.*call ensure\(\) first"):
         Emoji(root, **SMALL).index("train")
 
 

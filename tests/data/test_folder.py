@@ -57,7 +57,7 @@ def test_each_layout_is_recognised_and_read(layout, tmp_path):
     make_folder(tmp_path, layout, images=2, size=48, plain=True)
 
     source = Folder(tmp_path)
-    source.prepare()
+    source.ensure()
     index = source.index("train")
     assert source.listing.layout == layout
     assert source.class_names == CLASSES
@@ -342,7 +342,7 @@ def test_without_bad_files_is_a_choice_that_is_told(tmp_path, caplog):
     (tmp_path / "masks/leaf/leaf_1.png").unlink()
 
     with pytest.raises(ValueError, match=r"leaf_1.jpg: has no mask.*skip_bad=true"):
-        Folder(tmp_path).prepare()
+        Folder(tmp_path).ensure()
     index = Folder(tmp_path, skip_bad=True).index("train")
     assert len(index) == 10
     assert "star_0.jpg" in caplog.text

@@ -134,7 +134,7 @@ def test_it_has_one_split_only(made, fold):
 def test_a_source_can_be_pickled_before_and_after_reading(made):
     source, _ = made
     before = pickle.loads(pickle.dumps(source)).class_names
-    source.prepare()
+    source.ensure()
     assert pickle.loads(pickle.dumps(source)).class_names == before
 
 
@@ -145,7 +145,7 @@ def test_missing_lists_say_where_they_are_from(made):
     with pytest.raises(
         FileNotFoundError, match=r"no val.txt in .*splits/fss: fetch the lists .* HSNet"
     ) as caught:
-        source.prepare()
+        source.ensure()
     assert "fewshot_data.zip" not in str(caught.value)
 
 
@@ -153,14 +153,14 @@ def test_missing_everything_says_what_to_fetch(tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"no trn.txt, val.txt, test.txt in .*HSNet.*fewshot_data\.zip"
     ):
-        Fss1000(tmp_path / "nowhere").prepare()
+        Fss1000(tmp_path / "nowhere").ensure()
 
 
 def test_a_root_that_is_too_high_is_answered_with_the_right_one(tmp_path):
     make_fss(tmp_path / "fewshot_data")
 
     with pytest.raises(FileNotFoundError, match=r"the data lies deeper: use root=.*fewshot_data$"):
-        Fss1000(tmp_path).prepare()
+        Fss1000(tmp_path).ensure()
 
 
 def test_missing_folders_are_counted(made):
@@ -171,7 +171,7 @@ def test_missing_folders_are_counted(made):
     with pytest.raises(
         FileNotFoundError, match=r"lacks the folders of 2 of 10 classes, class_.* for one: fetch"
     ):
-        source.prepare()
+        source.ensure()
 
 
 def test_missing_and_broken_files_are_listed(made):
@@ -198,7 +198,7 @@ def test_a_class_in_two_lists_is_refused(made):
         file.write(f"\n{lists['trn'][1]}\n")
 
     with pytest.raises(ValueError, match=rf"{lists['trn'][1]} stands in trn.txt and in test.txt"):
-        source.prepare()
+        source.ensure()
 
 
 def test_an_empty_list_is_refused(made):

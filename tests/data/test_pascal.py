@@ -17,7 +17,7 @@ def voc(tmp_path):
 def test_an_index_reads_every_listed_label_as_it_was_written(voc, split, year):
     root, labels = voc
     source = Pascal(root)
-    source.prepare()
+    source.ensure()
 
     index = source.index(split)
 
@@ -47,7 +47,7 @@ def test_missing_parts_are_listed_with_what_to_fetch(voc):
     (root / "SegmentationClassAug").rename(root / "elsewhere")
 
     with pytest.raises(FileNotFoundError) as caught:
-        Pascal(root).prepare()
+        Pascal(root).ensure()
     message = str(caught.value)
     assert message.startswith(
         "no SegmentationClassAug, ImageSets/Segmentation/voc_sbd_merge_noduplicate.txt under "
@@ -62,7 +62,7 @@ def test_a_root_that_is_too_high_is_answered_with_the_right_one(tmp_path):
     make_voc(tmp_path / "VOCdevkit/VOC2012")
 
     with pytest.raises(FileNotFoundError, match=r"VOCdevkit/VOC2012$"):
-        Pascal(tmp_path).prepare()
+        Pascal(tmp_path).ensure()
 
 
 def test_a_missing_list_is_named(voc):

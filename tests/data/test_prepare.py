@@ -92,7 +92,7 @@ def count_written(
 def test_archives_become_the_list_that_the_field_trains_on(voc_archives, tmp_path):
     counts = prepare_pascal(*voc_archives, tmp_path / "VOC2012")
     source = Pascal(tmp_path / "VOC2012")
-    source.prepare()
+    source.ensure()
 
     # VOC train, and behind it what SBD labels of VOC's Main/train.txt; nothing of val, though SBD labels some
     assert source.index("train").ids == (*TRAIN, *SBD)
@@ -209,7 +209,7 @@ def test_an_interrupted_start_goes_on_where_it_stopped(voc_archives, tmp_path, m
         with pytest.raises(KeyboardInterrupt):
             prepare_pascal(*voc_archives, interrupted)
     with pytest.raises(FileNotFoundError, match="svf prepare pascal"):  # counts as absent meanwhile
-        Pascal(interrupted).prepare()
+        Pascal(interrupted).ensure()
     assert not [name for name in files(interrupted) if Path(name).name.startswith(".")]
     second = count_written(monkeypatch)
     prepare_pascal(*voc_archives, interrupted)

@@ -16,7 +16,7 @@ from svf_lightning.data.transforms import (
     binary_mask,
     letterbox_size,
     normalize,
-    resize,
+    resize_pair,
 )
 from svf_lightning.training.segmenter import predict_masks
 from tests.golden import cases, fill
@@ -43,7 +43,7 @@ def picture(height, width):
 def official(image, label, pipeline, size):
     """What we have for each transform of the golden cases: normalised image and label."""
     if pipeline == "Direct_Resize":
-        image, label = resize(image, label, size, size)
+        image, label = resize_pair(image, label, size, size)
         return normalize(image, MEAN, STD), label
     pad = "mean" if pipeline == "Resize_padded" else "black"
     return Letterbox(size, MEAN, STD, pad=pad)(image, label)
@@ -122,7 +122,7 @@ def test_nearest_reads_position_floor_of_x_times_scale():
     # 375 -> 352 and 500 -> 472: positions in float32 would be wrong in hundreds of places
     label = (torch.arange(375)[:, None] * 7 + torch.arange(500) * 3).remainder(251).to(torch.uint8)
 
-    _, small = resize(torch.zeros(3, 375, 500), label, 352, 472)
+    _, small = resize_pair(torch.zeros(3, 375, 500), label, 352, 472)
 
     rows, columns = [y * 375 // 352 for y in range(352)], [x * 500 // 472 for x in range(472)]
     torch.testing.assert_close(small, label[rows][:, columns])
@@ -131,7 +131,7 @@ def test_nearest_reads_position_floor_of_x_times_scale():
 def test_bilinear_resize_keeps_a_ramp_a_ramp_without_antialiasing():
     ramp = torch.arange(100.0).expand(3, 40, 100)
 
-    small, _ = resize(ramp, torch.zeros(40, 100, dtype=torch.uint8), 20, 40)
+    small, _ = resize_pair(ramp, torch.zeros(40, 100, dtype=torch.uint8), 20, 40)
 
     # Half-pixel centres: column x of 40 lies at 2.5 x + 0.75 of 100
     torch.testing.assert_close(small, (2.5 * torch.arange(40) + 0.75).expand(3, 20, 40), atol=1e-4, rtol=0)

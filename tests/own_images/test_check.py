@@ -529,7 +529,7 @@ def test_a_folder_in_none_of_the_layouts_is_told_what_they_are(make, words, tmp_
     for word in words:
         assert word in str(problem)
     with pytest.raises(FileNotFoundError):
-        Folder(root).prepare()
+        Folder(root).ensure()
 
 
 def test_the_folder_of_images_itself_is_sent_one_up(tmp_path):

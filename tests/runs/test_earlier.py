@@ -28,7 +28,7 @@ NEAR = 1e-3
 @pytest.fixture(scope="module")
 def emoji(tmp_path_factory):
     root = tmp_path_factory.mktemp("data") / "emoji"
-    Emoji(root, **EMOJI).prepare()
+    Emoji(root, **EMOJI).ensure()
     return root
 
 
