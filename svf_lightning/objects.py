@@ -2,7 +2,7 @@
 
 import difflib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 # What files may name without anybody's word for it: code whose calls build a run and do nothing else.
@@ -37,13 +37,17 @@ def build_object(node: Mapping[str, Any], where: str, **arguments: Any) -> Any:
     from hydra.utils import instantiate
 
     for path, inner in named_targets(node):
-        _check_arguments(inner, f"{where}{path and f', {path}'}")
+        place = f"{where}{path and f', {path}'}"
+        names = [str(key) for key in inner if not str(key).startswith("_")]
+        check_arguments(_target(inner["_target_"], place), names, place)
     try:
         return instantiate(dict(node), _convert_="all", **arguments)
     except InstantiationException as error:
         # What the user did wrong is in the cause; Hydra's wrapping repeats it in four lines.
         if isinstance(error.__cause__, (ValueError, OSError)):
             raise error.__cause__ from None
+        if "unexpected keyword argument" in str(error.__cause__):  # of what takes any and hands them on
+            raise ValueError(f"{where}: {error.__cause__}") from None
         raise
 
 
@@ -89,22 +93,30 @@ def named_targets(node: Any, path: str = "") -> Iterator[tuple[str, Mapping[str,
         yield from named_targets(value, f"{path}.{key}".lstrip("."))
 
 
-def _check_arguments(node: Mapping[str, Any], where: str) -> None:
-    from hydra.utils import get_object
+def check_arguments(target: Callable[..., Any], names: Iterable[str], where: str) -> None:
+    """Refuse arguments that a class or function does not take.
 
-    name = node["_target_"]
+    Raises:
+        ValueError: Naming the first one, and the nearest that exists or all.
+    """
     try:
-        target = get_object(name)
         parameters = inspect.signature(target).parameters
     except ValueError:
         return  # built-in code does not say what it takes
-    except ImportError as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise ValueError(f"{where}: _target_ {name!r} cannot be imported ({reason})") from None
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return
-    for key in node:
-        if key not in parameters and not str(key).startswith("_"):
-            near = difflib.get_close_matches(str(key), parameters, n=1)
+    for name in names:
+        if name not in parameters:
+            near = difflib.get_close_matches(name, parameters, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(parameters)}"
-            raise ValueError(f"{where}: {name} has no argument {key!r}; {hint}")
+            raise ValueError(f"{where}: {target.__qualname__} has no argument {name!r}; {hint}")
+
+
+def _target(name: str, where: str) -> Callable[..., Any]:
+    from hydra.utils import get_object
+
+    try:
+        return get_object(name)
+    except (ImportError, ValueError) as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise ValueError(f"{where}: _target_ {name!r} cannot be imported ({reason})") from None

@@ -29,6 +29,25 @@ def test_an_unknown_argument_typed_to_train_py_ends_in_one_line(train, tmp_path,
     assert "no argument 'lrr'; did you mean 'lr'?" in message
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "+base.lrr=3",
+            "base (conf/model/bam.yaml): BaseSegmenter has no argument 'lrr'; did you mean 'lr'?",
+        ),
+        ("+model.network.chanels=3", "unexpected keyword argument 'chanels'"),
+        ("+trainer.max_epoch=3", "trainer: Trainer has no argument 'max_epoch'; did you mean 'max_epochs'?"),
+        ("+data.source.train_image=3", "no argument 'train_image'; did you mean 'train_images'?"),
+        ("+callbacks.spectra.evry=3", "callbacks.spectra: SpectraLog has no argument 'evry'"),
+    ],
+)
+def test_a_wrong_name_anywhere_ends_in_one_line(train, tmp_path, capsys, override, message):
+    with pytest.raises(SystemExit):
+        train(tmp_path / "run", "model=bam", "base.image_size=65", override, "test=false")
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
 def test_code_that_cannot_be_imported_is_named():
     with pytest.raises(ValueError, match=r"finetune: _target_ 'my_package.prepare' cannot be imported"):
         build_object({"_target_": "my_package.prepare"}, "finetune")

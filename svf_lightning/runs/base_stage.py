@@ -9,6 +9,7 @@ from svf_lightning.data.base_images import BaseDataModule
 from svf_lightning.data.folds import class_roles
 from svf_lightning.files import write_whole
 from svf_lightning.models.pspnet import PSPNet
+from svf_lightning.objects import check_arguments
 from svf_lightning.runs.configuration import Config
 from svf_lightning.runs.fit import begin, fit
 from svf_lightning.runs.folder import tested_checkpoint
@@ -66,6 +67,8 @@ def train(config: Config) -> float:
     if "base" not in config:
         raise ValueError(f"task=base trains BAM's base learner; model={config['names']['model']} has none")
     settings: dict[str, Any] = config["base"]
+    of_segmenter = {key: value for key, value in settings.items() if key not in _NOT_OF_SEGMENTER}
+    check_arguments(BaseSegmenter, of_segmenter, "base (conf/model/bam.yaml)")
     folder = Path(config["run_dir"])
     config = _of_this_stage(config, folder)
     resume = begin(config)
@@ -84,7 +87,7 @@ def train(config: Config) -> float:
         model,
         seed=config["seed"],
         identity={"task": "base", **{key: header[key] for key in ("data", "fold", "backbone")}},
-        **{key: value for key, value in settings.items() if key not in _NOT_OF_SEGMENTER},
+        **of_segmenter,
     )
     data = BaseDataModule(
         source,
