@@ -1,6 +1,7 @@
 """Whole images with the labels of all base classes at once: what a base learner is trained on."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from svf_lightning.data.episodes import EpochLoader, EpochSampler, Transform
+from svf_lightning.data.episodes import EpochLoader, EpochSampler, Transform, batches_done
 from svf_lightning.data.source import ImageIndex, Source
 from svf_lightning.data.transforms import Augment, Letterbox
 from svf_lightning.episode import BACKGROUND, IGNORE
@@ -120,6 +121,7 @@ class BaseDataModule(pl.LightningDataModule):
             images,
             batch_size=self.batch_size,
             sampler=sampler,
+            done=partial(batches_done, self) if shuffle else None,
             drop_last=shuffle,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,15 @@ from torch.utils.data import DataLoader
 
 from svf_lightning.backbones.backbone import IMAGENET_MEAN, IMAGENET_STD
 from svf_lightning.data.episode_list import read_episode_list
-from svf_lightning.data.episodes import Draw, EpisodeDataset, EpochLoader, EpochSampler, NovelImages, collate
+from svf_lightning.data.episodes import (
+    Draw,
+    EpisodeDataset,
+    EpochLoader,
+    EpochSampler,
+    NovelImages,
+    batches_done,
+    collate,
+)
 from svf_lightning.data.folds import class_roles
 from svf_lightning.data.protocol import Protocol, digest
 from svf_lightning.data.source import ImageIndex, Source
@@ -140,7 +149,8 @@ class FewShotDataModule(pl.LightningDataModule):
                 f"batch_size={self.batch_size} is more than the {len(sampler)} training episodes of an epoch "
                 "on one device, so no batch would be full; lower batch_size or raise episodes_per_epoch"
             )
-        return self._loader(self.train_set, sampler, batch_size=self.batch_size, drop_last=True)
+        options = {"batch_size": self.batch_size, "drop_last": True, "done": partial(batches_done, self)}
+        return self._loader(self.train_set, sampler, **options)
 
     def val_dataloader(self) -> DataLoader:
         return self._fixed_loader(self.val_set)

@@ -255,6 +255,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self.length, self.seed, self.shuffle = length, seed, shuffle
         self.episodes = length if episodes is None else episodes
         self.epoch = 0
+        self.skip = 0  # episodes of this rank to leave out at the next beginning: those that are done already
         self._rank, self._num_replicas = rank, num_replicas
 
     def set_epoch(self, epoch: int) -> None:
@@ -265,7 +266,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
         start = self.epoch * self.episodes
         order: np.ndarray = np.arange(self.length)
         drawn = None
-        for position in self._share():
+        for position in self._share()[self.skip :]:
             epoch, i = divmod(start + position, self.length)
             if self.shuffle and epoch != drawn:
                 order, drawn = self._permutation(epoch), epoch
@@ -289,11 +290,36 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
 
 class EpochLoader(DataLoader):
-    """A DataLoader that asks its sampler for an epoch when the first batch is wanted, and not before.
+    """A DataLoader over an `EpochSampler` that goes on where a resumed training stopped.
 
-    A plain one hands its worker processes their first batches when it begins an iteration. Lightning begins
-    the first one before it says which epoch it is, so a resumed run would draw the episodes of epoch 0 again.
+    It asks for epoch and batch when the first batch is wanted, and not before. A plain one hands its worker
+    processes their first batches when an iteration begins, and Lightning begins the first one before it has
+    restored anything: a resumed run would draw the episodes of epoch 0 again.
+
+    Args:
+        done: Says how many batches of the epoch are done; None is a loader that always begins at the first.
     """
 
+    def __init__(self, *args: Any, done: Callable[[], int] | None = None, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.done = done
+
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        if self.done is not None:
+            assert isinstance(self.sampler, EpochSampler)
+            assert self.batch_size is not None
+            self.sampler.skip = self.done() * self.batch_size
         yield from super().__iter__()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing; having it tells Lightning that an epoch can be resumed in its middle."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to do: the Trainer knows what is done."""
+
+
+def batches_done(data: Any) -> int:
+    """How many batches of the present epoch the Trainer of a data module has trained on."""
+    trainer: Any = data.trainer
+    return 0 if trainer is None else trainer.fit_loop.epoch_loop.batch_progress.current.ready

@@ -121,7 +121,7 @@ def _of_this_stage(config: Config, folder: Path) -> Config:
         for name, node in (config.get("logger") or {}).items()
     }
     callbacks = {
-        "checkpoint": {"_target_": f"{room}.RunCheckpoint", **checkpoint},
+        "checkpoint": {"_target_": "svf_lightning.training.saving.RunCheckpoint", **checkpoint},
         "progress": {"_target_": f"{room}.EpisodeProgress", "unit": "images"},
     }
     return {**config, "logger": loggers, "callbacks": callbacks}

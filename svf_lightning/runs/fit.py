@@ -1,6 +1,7 @@
 """Train a run: one road for a method and for BAM's base learner."""
 
 import logging
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from svf_lightning.runs.configuration import Config, write_config
 from svf_lightning.runs.folder import keep_curves, move_earlier_results, resume_point
 from svf_lightning.runs.run import build_all, build_trainer
 from svf_lightning.training.callbacks import LogHyperparameters
+from svf_lightning.training.saving import SIGNALS, Stopped
 
 log = logging.getLogger("svf")
 
@@ -39,7 +41,7 @@ def fit(
     resume: Path | None,
     **trainer_changes: Any,
 ) -> pl.Trainer:
-    """Train, and end the process with status 130 if somebody interrupts it.
+    """Train. SIGTERM, SIGUSR1 and Ctrl-C save the state, then end the process with 128 + their number.
 
     Args:
         config: Of the run, whose callbacks and loggers are built here.
@@ -53,8 +55,13 @@ def fit(
     """
     callbacks = [*build_all(config, "callbacks"), LogHyperparameters(config)]
     trainer = build_trainer(config, callbacks, logger=build_all(config, "logger"), **trainer_changes)
-    trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
-    if trainer.interrupted:
-        log.warning("stopped; `resume=last` goes on from the last whole epoch")
-        sys.exit(130)
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    except Stopped as stopped:
+        log.warning("stopped by %s after step %s; `resume=last` goes on there", stopped, trainer.global_step)
+        sys.exit(128 + stopped.number)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return trainer

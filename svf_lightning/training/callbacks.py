@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import ModelCheckpoint, ProgressBar
+from pytorch_lightning.callbacks import ProgressBar
 from torch import Tensor, nn
 
 from svf_lightning.backbones.feature_cache import remember_features
@@ -69,44 +69,6 @@ def count_trainable(model: nn.Module) -> dict[str, int]:
         "head": sum(p.numel() for p in trainable if id(p) not in backbone),
         "all": sum(p.numel() for p in model.parameters()),
     }
-
-
-class RunCheckpoint(ModelCheckpoint):
-    """Write last.ckpt after every epoch, and best.ckpt where validation chooses.
-
-    Lightning saves its own "last" only beside another save, so a run that chooses nothing would have none
-    before its end. A new file is written beside the old one and renamed: at any moment one of them is whole.
-
-    Args:
-        folder: Where they go.
-        selection: "last" chooses nothing; anything else keeps the weights with the highest ``monitor``.
-        monitor: A logged score.
-    """
-
-    def __init__(self, folder: str | Path, selection: str, monitor: str = "val/miou") -> None:
-        chooses = selection != "last"
-        super().__init__(
-            folder,
-            filename="best",
-            monitor=monitor if chooses else None,
-            mode="max",
-            save_top_k=int(chooses),
-            enable_version_counter=False,
-        )
-        self.last = Path(folder) / "last.ckpt"
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_epoch_end(trainer, pl_module)
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.write_last(trainer)
-
-    def write_last(self, trainer: Trainer) -> None:
-        """Put the present state into last.ckpt."""
-        part = self.last.with_name("last.ckpt.part")
-        trainer.save_checkpoint(part, weights_only=False)
-        if trainer.is_global_zero:
-            part.replace(self.last)
-        trainer.strategy.barrier()
 
 
 class AfterSteps(Callback):
