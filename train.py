@@ -28,6 +28,7 @@ def main(cfg: DictConfig) -> float:
     from svf_lightning.runs.fit import begin, fit
     from svf_lightning.runs.results import write_results
     from svf_lightning.runs.run import build, silence_warnings
+    from svf_lightning.runs.weights import init_from
 
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     silence_warnings()
@@ -35,11 +36,13 @@ def main(cfg: DictConfig) -> float:
     if config["task"] == "base":
         return base_stage.train(config)
     base_stage.provide(config)  # BAM needs a base learner, which may have to be trained first
-    resume = begin(config)
+    start = begin(config)
     segmenter, data = build(config)
+    if config["init_from"] and start.checkpoint is None:
+        init_from(segmenter, config["init_from"], config["trust"])
 
     started = time.monotonic()
-    trainer = fit(config, segmenter, data, resume)
+    trainer = fit(config, segmenter, data, start)
     trained = time.monotonic()
     if not config["test"]:
         return float("nan")

@@ -71,7 +71,7 @@ def train(config: Config) -> float:
     check_arguments(BaseSegmenter, of_segmenter, "base (conf/model/bam.yaml)")
     folder = Path(config["run_dir"])
     config = _of_this_stage(config, folder)
-    resume = begin(config)
+    start = begin(config)
     source = build_part(config, "data.source")
     base, novel = source.classes(config["fold"])
     classes = class_roles(base, novel, config["selection"]).train
@@ -99,7 +99,7 @@ def train(config: Config) -> float:
         **{key: settings[key] for key in _OF_DATA},
     )
     changes = {"max_epochs": settings["epochs"], "check_val_every_n_epoch": 1}
-    trainer = fit(config, segmenter, data, resume, default_root_dir=str(folder), **changes)
+    trainer = fit(config, segmenter, data, start, default_root_dir=str(folder), **changes)
     best: Any = trainer.checkpoint_callback
     miou = float("nan") if best.best_model_score is None else float(best.best_model_score)
     if trainer.is_global_zero:

@@ -22,6 +22,8 @@ def check_values(config: Config, multirun: bool = False) -> None:
     if config["selection"] not in SELECTIONS:
         known = ", ".join(map(repr, SELECTIONS))
         raise ValueError(f"selection must be one of {known}, got {config['selection']!r}")
+    if config.get("resume_changes", "refuse") not in ("refuse", "allow"):
+        raise ValueError(f"resume_changes must be refuse or allow, got {config['resume_changes']!r}")
     if not isinstance(config["shot"], int) or config["shot"] < 1:
         raise ValueError(f"shot must be a whole number of 1 or more, got {config['shot']!r}")
     if multirun and "ddp" in str(config["trainer"].get("strategy", "")).lower():

@@ -42,6 +42,40 @@ class Finetune(Callback):
             log.info(f"{count['backbone']:,} numbers train in the backbone, {count['head']:,} in the head")
 
 
+class StopAtNonFinite(Callback):
+    """Stop at the first loss that is NaN or infinite, before it reaches any weight.
+
+    Runs in ``on_before_backward``. What last.ckpt holds is from before, and stays.
+    """
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if not loss.isfinite().all():
+            rates = ", ".join(f"{group['lr']:.3g}" for group in trainer.optimizers[0].param_groups)
+            step, epoch = trainer.global_step, trainer.current_epoch + 1
+            raise ValueError(
+                f"the loss is {loss.item()} at step {step} (epoch {epoch}) with learning rates {rates}, "
+                "so training stops: try a lower model.lr, +trainer.gradient_clip_val=1, or "
+                "trainer.precision=32-true; resume=last goes on from the last save before it"
+            )
+
+
+class TakeNewRecipe(Callback):
+    """Let rates, decay and schedule of today's configuration hold for a resumed training.
+
+    Runs in ``on_train_start``, after Lightning has put the optimizer's and the scheduler's old ones back.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        fresh: Any = pl_module.configure_optimizers()
+        scheduler: Any = trainer.lr_scheduler_configs[0].scheduler
+        groups = trainer.optimizers[0].param_groups
+        for group, new in zip(groups, fresh["optimizer"].param_groups, strict=True):
+            group.update({name: value for name, value in new.items() if name != "params"})
+        scheduler.base_lrs = [group["initial_lr"] for group in groups]
+        for group, factor in zip(groups, scheduler.lr_lambdas, strict=True):
+            group["lr"] = group["initial_lr"] * factor(scheduler.last_epoch)
+
+
 class LogHyperparameters(Callback):
     """Tell every logger the whole configuration, and how many numbers train.
 

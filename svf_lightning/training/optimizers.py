@@ -85,7 +85,8 @@ def with_schedule(
         constant_groups: So many of the last groups keep their learning rate.
     """
     trainer.estimated_stepping_batches  # noqa: B018  (makes the trainer count its batches)
-    steps = epochs * math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+    steps_of_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+    steps = max(epochs * steps_of_epoch, 1)  # with no epochs nothing is trained, whatever the rate
 
     def factor(step: int) -> float:
         if schedule == "cosine":

@@ -80,6 +80,10 @@ class RunCheckpoint(ModelCheckpoint):
         self.write_last(trainer)
         self._stop(trainer)
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.max_epochs == 0:  # a run that trains nothing can be tested again, too
+            self.write_last(trainer)
+
     def write_last(self, trainer: Trainer) -> None:
         """Put the present state into last.ckpt."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]

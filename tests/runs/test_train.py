@@ -223,9 +223,9 @@ def test_a_wrong_value_ends_in_one_line_that_names_it(override, message, train, 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("fold=1", "made with fold=0, this run has fold=1"),
-        ("backbone=timm", "made with backbone=efficientnet_lite0, this run has backbone=resnet18"),
-        ("finetune=frozen", "made with finetune=svf, this run has finetune=frozen"),
+        ("fold=1", "fold is 0 in the run and 1 now"),
+        ("backbone=timm", "backbone is 'efficientnet_lite0' in the run and 'resnet18' now"),
+        ("finetune=frozen", "finetune is 'svf' in the run and 'frozen' now"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused_by_what_differs(
