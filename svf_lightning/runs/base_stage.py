@@ -10,7 +10,7 @@ from svf_lightning.data.folds import class_roles
 from svf_lightning.files import write_whole
 from svf_lightning.models.pspnet import PSPNet
 from svf_lightning.objects import check_arguments
-from svf_lightning.runs.configuration import Config
+from svf_lightning.runs.configuration import Config, is_distributed
 from svf_lightning.runs.fit import begin, fit
 from svf_lightning.runs.folder import tested_checkpoint
 from svf_lightning.runs.results import environment
@@ -41,7 +41,7 @@ def provide(config: Config) -> None:
         return
     folder = Path(config["run_dir"]).parent / config["base"]["run_name"]
     if not (folder / "base.pth").is_file():
-        if str(config["trainer"].get("strategy", "")).startswith("ddp"):
+        if is_distributed(config):
             raise ValueError(
                 f"no base learner in {folder}, and a distributed run cannot train it on its way; "
                 "run the same command with task=base first"

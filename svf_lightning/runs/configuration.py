@@ -26,7 +26,7 @@ def check_values(config: Config, multirun: bool = False) -> None:
         raise ValueError(f"resume_changes must be refuse or allow, got {config['resume_changes']!r}")
     if not isinstance(config["shot"], int) or config["shot"] < 1:
         raise ValueError(f"shot must be a whole number of 1 or more, got {config['shot']!r}")
-    if multirun and "ddp" in str(config["trainer"].get("strategy", "")).lower():
+    if multirun and is_distributed(config):
         raise ValueError(
             "trainer.strategy=ddp cannot run under -m: its processes would start the sweep again; "
             "run the jobs one by one, or sweep with one device each"
@@ -88,3 +88,12 @@ def load_config(folder: str | Path) -> Config:
 def write_config(folder: Path, config: Config) -> None:
     """Save the resolved configuration, from which :func:`load_run` rebuilds the run."""
     write_whole(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+
+
+def is_distributed(config: Config) -> bool:
+    """Whether a run trains in several processes, in whatever way its trainer says so."""
+    trainer = config["trainer"]
+    strategy = str(trainer.get("strategy") or "auto").lower()  # a name, or what builds a strategy object
+    devices = trainer.get("devices", 1)
+    several = len(devices) > 1 if isinstance(devices, list) else str(devices) not in ("1", "auto")
+    return several or trainer.get("num_nodes", 1) != 1 or any(kind in strategy for kind in ("ddp", "fsdp"))

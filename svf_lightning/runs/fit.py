@@ -64,7 +64,7 @@ def fit(
         ValueError: If the loss is no longer finite.
     """
     callbacks = [*build_all(config, "callbacks"), StopAtNonFinite(), LogHyperparameters(config)]
-    if start.changes:
+    if start.checkpoint is not None:  # on every process: one that starts late sees no change any more
         callbacks.append(TakeNewRecipe())
     trainer = build_trainer(config, callbacks, logger=build_all(config, "logger"), **trainer_changes)
     if trainer.is_global_zero:

@@ -29,10 +29,15 @@ def environment() -> dict[str, Any]:
     """Everything outside the configuration that a result depends on: code, versions, machine."""
 
     def git(*arguments: str) -> str | None:
+        """What git says; None where there is no git, or no repository."""
         root = Path(__file__).parent
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+        except OSError:
+            return None
         return done.stdout.strip() if done.returncode == 0 else None
 
+    changes = git("status", "--porcelain", "--untracked-files=no")
     packages = ("svf-lightning", "torch", "torchvision", "pytorch-lightning", "timm", "numpy", "pillow")
     device = (
         torch.cuda.get_device_name()
@@ -42,7 +47,7 @@ def environment() -> dict[str, Any]:
     return {
         "command": " ".join(sys.argv),
         "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "uncommitted_changes": None if changes is None else bool(changes),
         "versions": {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}},
         "machine": {"device": device, "cores": os.cpu_count(), "threads": torch.get_num_threads()},
     }

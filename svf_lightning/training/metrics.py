@@ -124,8 +124,11 @@ class FewShotIoU(Metric):
     def compute(self) -> dict[str, Tensor]:
         """Return ``miou`` and ``fb_iou``, scalars, and ``class_iou`` ``(len(classes),)``, all in [0, 1].
 
+        And ``episodes``, how many were scored.
+
         torchmetrics makes a scalar of ``class_iou`` where there is a single class.
         """
         both = self.intersection.sum(dim=0).double() / self.union.sum(dim=0).clamp_min(1)
         class_iou = self.class_iou()
-        return {"miou": class_iou.mean(), "fb_iou": both.mean(), "class_iou": class_iou}
+        scores = {"miou": class_iou.mean(), "fb_iou": both.mean(), "class_iou": class_iou}
+        return {**scores, "episodes": self.episodes.sum()}

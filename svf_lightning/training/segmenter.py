@@ -184,6 +184,7 @@ class FewShotSegmenter(pl.LightningModule):
         scores = iou.compute()
         self.log(f"{stage}/miou", scores["miou"], prog_bar=True)
         self.log(f"{stage}/fb_iou", scores["fb_iou"])
+        self.log(f"{stage}/episodes", scores["episodes"].float())
         of_classes = scores["class_iou"].flatten()  # torchmetrics makes a scalar of a vector of one
         for class_id, class_iou in zip(iou.classes, of_classes, strict=True):
             self.log(f"{stage}/class_{class_id}", class_iou)
