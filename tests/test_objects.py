@@ -36,7 +36,6 @@ def test_an_unknown_argument_typed_to_train_py_ends_in_one_line(train, tmp_path,
             "+base.lrr=3",
             "base (conf/model/bam.yaml): BaseSegmenter has no argument 'lrr'; did you mean 'lr'?",
         ),
-        ("+model.network.chanels=3", "unexpected keyword argument 'chanels'"),
         ("+trainer.max_epoch=3", "trainer: Trainer has no argument 'max_epoch'; did you mean 'max_epochs'?"),
         ("+data.source.train_image=3", "no argument 'train_image'; did you mean 'train_images'?"),
         ("+callbacks.spectra.evry=3", "callbacks.spectra: SpectraLog has no argument 'evry'"),
@@ -44,8 +43,15 @@ def test_an_unknown_argument_typed_to_train_py_ends_in_one_line(train, tmp_path,
 )
 def test_a_wrong_name_anywhere_ends_in_one_line(train, tmp_path, capsys, override, message):
     with pytest.raises(SystemExit):
-        train(tmp_path / "run", "model=bam", "base.image_size=65", override, "test=false")
+        method = "bam" if "base." in override else "baseline"
+        train(tmp_path / "run", f"model={method}", override, "test=false")
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_wrong_name_that_is_handed_on_is_one_line_too():
+    node = {"_target_": "svf_lightning.data.datamodule.own_images", "source": None, "fould": 3}
+    with pytest.raises(ValueError, match=r"^data: .*unexpected keyword argument 'fould'"):
+        build_object(node, "data")
 
 
 def test_code_that_cannot_be_imported_is_named():

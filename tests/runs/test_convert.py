@@ -65,7 +65,10 @@ def svf(*arguments):
     return CliRunner().invoke(app, ["convert", *map(str, arguments)])
 
 
-@pytest.mark.parametrize(("method", "state"), [("baseline", baseline_state), ("svf_bam", bam_state)])
+@pytest.mark.parametrize(
+    ("method", "state"),
+    [("baseline", baseline_state), pytest.param("svf_bam", bam_state, marks=pytest.mark.slow)],
+)
 def test_a_converted_run_predicts_what_the_checkpoint_predicts_and_can_be_evaluated(method, state, tmp_path):
     make_voc(tmp_path / "VOC2012", images=20)
     file, out = tmp_path / "official.pth", tmp_path / "run"

@@ -147,6 +147,7 @@ TINY = [
 ]
 
 
+@pytest.mark.slow
 def test_one_command_trains_both_stages_and_the_next_one_finds_the_base_learner(tmp_path, monkeypatch):
     from train import main
 
