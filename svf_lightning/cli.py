@@ -15,6 +15,12 @@ app = typer.Typer(
 )
 
 
+Trust = Annotated[
+    list[str] | None,
+    typer.Option(help="A module of yours, or of an author you trust, that the run may call; repeat it."),
+]
+
+
 @app.callback()
 def svf() -> None:
     """Keeps sub-commands sub-commands while there is only one."""
@@ -165,6 +171,7 @@ def predict(
     probabilities: Annotated[
         bool, typer.Option(help="Write how likely each pixel shows each class, too.")
     ] = False,
+    trust: Trust = None,
 ) -> None:
     """Segment pictures by a few examples: masks, overlays and scores of every class.
 
@@ -183,7 +190,9 @@ def predict(
     if not files:
         reasons = "; ".join(problem.sentence for problem in failed)
         raise ValueError(f"there is no picture to segment: {reasons or 'only results are there'}")
-    predictor = FewShotPredictor(checkpoint, image_size=image_size, batch_size=batch_size, device=device)
+    predictor = FewShotPredictor(
+        checkpoint, image_size=image_size, batch_size=batch_size, device=device, trust=trust or ()
+    )
     if support is not None:
         predictor.fit(support, shots=shots)
     else:
@@ -200,11 +209,12 @@ def predict(
 def merge(
     run: Annotated[Path, typer.Argument(help="A finished run's folder.")],
     out: Annotated[Path, typer.Argument(help="The new run folder.")],
+    trust: Trust = None,
 ) -> None:
     """Fold what a run trained into plain layers: a run folder without factors that predicts the same."""
     from svf_lightning.runs import export
 
-    folded = export.merge_run(run, out)
+    folded = export.merge_run(run, out, trust or ())
     typer.echo(f"folded {folded} layers; {out} is a run folder with plain weights in checkpoints/last.ckpt")
 
 
@@ -221,6 +231,7 @@ def export(
         typer.Option("--with-head", help="Add the head to that file: megabytes, but all that is needed."),
     ] = False,
     onnx: Annotated[Path | None, typer.Option(help="Write an ONNX model here.")] = None,
+    trust: Trust = None,
 ) -> None:
     """Write a run as a kilobyte file, as an ONNX model, or both.
 
@@ -234,14 +245,14 @@ def export(
     if with_head and singular_values is None:
         raise ValueError("--with-head belongs to --singular-values FILE, which is missing")
     if singular_values is not None:
-        values = export.export_singular_values(run, singular_values, head=with_head)
+        values = export.export_singular_values(run, singular_values, with_head, trust or ())
         size = singular_values.stat().st_size / 1000
         typer.echo(
             f"{singular_values}: {sum(map(len, values.values.values()))} singular values of "
             f"{len(values.values)} layers{' and the head' if with_head else ''}, {size:.0f} kB"
         )
     if onnx is not None:
-        difference = export.export_onnx(run, onnx)
+        difference = export.export_onnx(run, onnx, trust or ())
         typer.echo(f"{onnx}: agrees with PyTorch within {difference:.0e} of the largest logit")
 
 
@@ -250,11 +261,12 @@ def export(
 def restore(
     file: Annotated[Path, typer.Argument(help="From `svf export RUN --singular-values FILE --with-head`.")],
     out: Annotated[Path, typer.Argument(help="The new run folder.")],
+    trust: Trust = None,
 ) -> None:
     """Make a run folder from a kilobyte file with its head, on the base weights that it was trained from."""
     from svf_lightning.runs import export
 
-    export.restore_run(file, out)
+    export.restore_run(file, out, trust or ())
     typer.echo(f"{out} is a run folder; `python evaluate.py run={out}` tests it")
 
 

@@ -44,7 +44,8 @@ def timm_features(
             leaves the network as it is.
         scale: What the five returned features are divided by. Networks whose stages end without
             norm or activation (ConvNeXt, EfficientNet, ViT) have large features.
-        options: Further keywords of ``timm.create_model``, for instance ``img_size=473`` for Swin.
+        options: Further keywords of ``timm.create_model``, for instance ``img_size=473`` for Swin. Those that
+            name weights or where to fetch them are refused: timm may read such files as pickles.
 
     Raises:
         FileNotFoundError: If the file is missing or the download fails.
@@ -53,6 +54,10 @@ def timm_features(
     """
     import timm
 
+    if taken := [key for key in options if key.startswith("pretrained") or key == "checkpoint_path"]:
+        raise ValueError(
+            f"timm_features takes weights from weights=, not from {taken[0]}=; set weights to the file"
+        )
     if not timm.is_model(name):
         raise ValueError(f"timm {timm.__version__} has no network {name!r}; timm.list_models() lists them")
     transformer = timm.models.is_model_in_modules(name, ("vision_transformer", "deit"))

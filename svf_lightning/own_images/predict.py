@@ -108,10 +108,12 @@ class FewShotPredictor:
             256. More sees smaller things and takes longer.
         batch_size: Pictures that go through the network together.
         device: "cpu", "cuda", ...; None takes a GPU if there is one.
+        trust: Modules that the run's configuration may call, beside the parts of a run in this package.
 
     Raises:
         FileNotFoundError: If the run has no configuration or no checkpoint.
-        ValueError: If a number or the device is not possible.
+        ValueError: If a number or the device is not possible, or the run wants to call code that is not
+            trusted.
     """
 
     def __init__(
@@ -121,6 +123,7 @@ class FewShotPredictor:
         image_size: int | None = None,
         batch_size: int = 8,
         device: str | None = None,
+        trust: str | Sequence[str] = (),
     ) -> None:
         if image_size is not None and (type(image_size) is not int or image_size < 32):
             raise ValueError(f"image_size is {image_size!r}; use 32 pixels or more")
@@ -131,7 +134,7 @@ class FewShotPredictor:
         if checkpoint is None:
             self.model: Any = Matcher(efficientnet_lite0())
         else:
-            config, segmenter = load_run(checkpoint, classes=(1,))  # no data set is needed
+            config, segmenter = load_run(checkpoint, classes=(1,), trust=trust)  # no data set is needed
             self.model, self.shot = segmenter.model, config["shot"]
             image_size = image_size or config["data"]["image_size"]
         self.model = self.model.to(self.device).eval()

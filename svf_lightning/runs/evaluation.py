@@ -28,7 +28,7 @@ def evaluate(
     episode_list: str | None = None,
     save_episodes: str | None = None,
     root: str | None = None,
-    trust: Sequence[str] = (),
+    trust: str | Sequence[str] = (),
     batch_size: int | None = None,
     workers: int = 0,
     feature_memory: int = 2048,

@@ -1,7 +1,7 @@
 """Export a run: as plain weights, as a kilobyte file of singular values, or as an ONNX model."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from svf_lightning.episode import Episode
 from svf_lightning.files import replace_file
 from svf_lightning.finetune import lora
 from svf_lightning.runs.configuration import Config, load_config, write_config
-from svf_lightning.runs.run import build_part, build_segmenter, identity, load_run
+from svf_lightning.runs.run import build_part, build_segmenter, check_run, identity, load_run
 from svf_lightning.svf import files as singular_files
 from svf_lightning.svf.layer import SVFLayer
 from svf_lightning.svf.network import merge_svf
@@ -22,7 +22,7 @@ from svf_lightning.svf.network import merge_svf
 AGREEMENT = 1e-4
 
 
-def merge_run(run: Path, out: Path) -> int:
+def merge_run(run: Path, out: Path, trust: str | Sequence[str] = ()) -> int:
     """Write a run folder with plain layers where the run has factors: no trace of the strategy is left.
 
     The new folder is one for evaluate.py and ``svf predict``; it predicts what the run does. Its checkpoint
@@ -31,15 +31,16 @@ def merge_run(run: Path, out: Path) -> int:
     Args:
         run: A finished run's folder.
         out: The new folder, which must not be a run yet.
+        trust: Modules that the run's configuration may call, beside the parts of a run in this package.
 
     Returns:
         How many layers were folded.
 
     Raises:
         FileNotFoundError: If ``run`` is no finished run.
-        ValueError: If ``out`` is taken.
+        ValueError: If ``out`` is taken, or the run wants to call code that is not trusted.
     """
-    config, segmenter = load_run(run)
+    config, segmenter = load_run(run, trust=trust)
     folded = merge(segmenter.model.backbone)
     _write_run(out, config, segmenter)
     return folded
@@ -61,7 +62,9 @@ def merge(backbone: nn.Module) -> int:
     return folded + sum(hasattr(module, "merge") for module in adapted)
 
 
-def export_singular_values(run: Path, out: Path, head: bool = False) -> singular_files.SingularValues:
+def export_singular_values(
+    run: Path, out: Path, head: bool = False, trust: str | Sequence[str] = ()
+) -> singular_files.SingularValues:
     """Write what a run trained in its backbone as a kilobyte file.
 
     Args:
@@ -69,15 +72,17 @@ def export_singular_values(run: Path, out: Path, head: bool = False) -> singular
         out: The file, usually ``*.safetensors``.
         head: Take the head along, megabytes of it. Then :func:`restore_run` needs nothing but this file
             and the base weights.
+        trust: As for :func:`merge_run`.
 
     Returns:
         What was written.
 
     Raises:
         FileNotFoundError: If ``run`` is no finished run.
-        ValueError: If the run has no singular values, or trained more than a kilobyte file holds.
+        ValueError: If the run has no singular values, trained more than a kilobyte file holds, or wants to
+            call code that is not trusted.
     """
-    config, segmenter = load_run(run)
+    config, segmenter = load_run(run, trust=trust)
     original = load_config(run)
     about = {
         "identity": identity(config),
@@ -89,24 +94,27 @@ def export_singular_values(run: Path, out: Path, head: bool = False) -> singular
     return values
 
 
-def restore_run(file: Path, out: Path) -> None:
+def restore_run(file: Path, out: Path, trust: str | Sequence[str] = ()) -> None:
     """Build a run folder from a kilobyte file with a head, on the base weights that its run started from.
 
     Args:
         file: Written with the head.
         out: The new folder, which must not be a run yet.
+        trust: Modules that the file's configuration may call, beside the parts of a run in this package.
 
     Raises:
         FileNotFoundError: If the file or the base weights are missing.
-        ValueError: If the file has no head, the base weights are others, or ``out`` is taken.
+        ValueError: If the file has no head, the base weights are others, ``out`` is taken, or the file wants
+            to call code that is not trusted.
     """
     values = singular_files.read(file)
     config: Config | None = values.about.get("config")
-    if config is None or not values.head:
+    if not isinstance(config, dict) or not values.head:
         raise ValueError(
             f"{file} holds a backbone alone; export with --with-head, or load it with "
             "svf_lightning.svf.files.load into a backbone of your own"
         )
+    check_run(config, str(file), trust)
     segmenter = build_segmenter(config, build_part(config, "data.source").classes(config["fold"])[1])
     build_part(config, "finetune")(segmenter.model.backbone)
     singular_files.load(segmenter.model, values)
@@ -148,7 +156,7 @@ class Exported(nn.Module):
         return self.model(episode).logits
 
 
-def export_onnx(run: Path, out: Path) -> float:
+def export_onnx(run: Path, out: Path, trust: str | Sequence[str] = ()) -> float:
     """Write a run as an ONNX model and compare the two on batches of 1 and 3 episodes.
 
     Inputs are ``support_images``, ``support_masks`` and ``query``, the output ``logits``, as in
@@ -159,20 +167,22 @@ def export_onnx(run: Path, out: Path) -> float:
     Args:
         run: A finished run's folder.
         out: The file.
+        trust: As for :func:`merge_run`.
 
     Returns:
         The largest difference of two logits, in units of the largest logit (at least 1).
 
     Raises:
         FileNotFoundError: If ``run`` is no finished run.
-        ValueError: If the extra is not installed, or PyTorch and onnxruntime do not agree.
+        ValueError: If the extra is not installed, PyTorch and onnxruntime do not agree, or the run wants to
+            call code that is not trusted.
     """
     try:
         import onnxruntime
         import onnxscript  # noqa: F401  (torch.onnx needs it)
     except ImportError as error:
         raise ValueError(f"ONNX needs {error.name}; pip install 'svf-lightning[export]'") from None
-    config, segmenter = load_run(run)
+    config, segmenter = load_run(run, trust=trust)
     model = Exported(copy.deepcopy(segmenter.model)).eval().requires_grad_(False)
     merge(model.model.backbone)  # type: ignore[arg-type]
     shot, size = config["shot"], config["data"]["image_size"]

@@ -98,7 +98,7 @@ def load_run(
     folder: str | Path,
     classes: tuple[int, ...] | None = None,
     root: str | None = None,
-    trust: Sequence[str] = (),
+    trust: str | Sequence[str] = (),
 ) -> tuple[Config, FewShotSegmenter]:
     """Rebuild the segmenter of a finished run, with the weights that the run tested.
 
@@ -116,10 +116,7 @@ def load_run(
     folder = Path(folder)
     config = load_config(folder)
     checkpoint_path = tested_checkpoint(folder)
-    used = {
-        name: config[name] for name in ("data", "backbone", "model", "finetune", "trainer") if name in config
-    }
-    check_trust(used, f"{folder}/config.yaml", trust)
+    check_run(config, f"{folder}/config.yaml", trust)
     config["model"] = without_weights(config["model"])
     config["backbone"] = config["model"]["network"]["backbone"]
     if root is not None:
@@ -133,6 +130,18 @@ def load_run(
     check_identity(checkpoint.get("svf_lightning", {}), segmenter.identity)
     load_weights(segmenter, checkpoint["state_dict"], checkpoint_path)
     return config, segmenter.eval()
+
+
+def check_run(config: Config, source: str, trust: str | Sequence[str] = ()) -> None:
+    """Refuse a run's configuration that wants to call code beside the parts of a run and what ``trust`` names.
+
+    Loggers and callbacks may be anything: they belong to training, which no file decides.
+
+    Raises:
+        ValueError: Naming the code.
+    """
+    used = ("data", "backbone", "model", "finetune", "trainer")
+    check_trust({name: config[name] for name in used if name in config}, source, trust)
 
 
 def silence_warnings() -> None:
