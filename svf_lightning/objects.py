@@ -8,8 +8,8 @@ from importlib import import_module
 from typing import Any
 
 # What files may name without anybody's word for it. Of a room or module: the classes and functions that are
-# defined in it and have no underscore, all of which only compute. Elsewhere: single names, since some of their
-# neighbours write files.
+# defined in it and have no underscore, all of which only compute. Elsewhere: single names, since some of
+# their neighbours write files.
 PARTS = (
     "svf_lightning.models",
     "svf_lightning.finetune",
@@ -31,13 +31,8 @@ PARTS = (
 )
 TRAINERS = ("pytorch_lightning.Trainer", "pytorch_lightning.strategies.DDPStrategy")
 
-_SPECIAL = (
-    "_target_",
-    "_partial_",
-    "_args_",
-    "_recursive_",
-    "_convert_",
-)  # Hydra's words; the rest are arguments
+# Hydra's words; the rest are arguments
+_SPECIAL = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
 
 
 def build_object(node: Mapping[str, Any], where: str, **arguments: Any) -> Any:

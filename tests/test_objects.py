@@ -42,8 +42,8 @@ def test_an_unknown_argument_typed_to_train_py_ends_in_one_line(train, tmp_path,
     ],
 )
 def test_a_wrong_name_anywhere_ends_in_one_line(train, tmp_path, capsys, override, message):
+    method = "bam" if "base." in override else "baseline"
     with pytest.raises(SystemExit):
-        method = "bam" if "base." in override else "baseline"
         train(tmp_path / "run", f"model={method}", override, "test=false")
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
 

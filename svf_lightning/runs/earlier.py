@@ -14,11 +14,12 @@ MOVED = {
 def update(config: dict[str, Any]) -> dict[str, Any]:
     """Bring the configuration of a run up to date; one of today is left as it is."""
     config = _moved(config)
-    network = config["model"]["network"]
+    model = config.get("model", {})
+    network = model.get("network", {})
     if network.pop("_partial_", False):
         network["backbone"] = config["backbone"]  # was handed over in Python
-    if "apart" in config["model"]:
-        config["model"]["separate"] = config["model"].pop("apart")
+    if "apart" in model:
+        model["separate"] = model.pop("apart")
     config.get("trainer", {}).setdefault("default_root_dir", config.get("run_dir"))
     return config
 
