@@ -8,8 +8,8 @@ from importlib import import_module
 from typing import Any
 
 # What files may name without anybody's word for it. Of a room or module: the classes and functions that are
-# defined in it and have no underscore, all of which only compute. Elsewhere: single names, since some of their
-# neighbours write files.
+# defined in it and have no underscore, all of which only compute. Elsewhere: single names, since some of
+# their neighbours write files.
 PARTS = (
     "svf_lightning.models",
     "svf_lightning.finetune",
