@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent / "svf_lightning"
 # Every room and every file beside them, from the bottom up. Rooms of one floor do not import each other,
 # except where the table below says so.
 FLOORS = (
-    ("files", "errors", "progress", "episode", "objects", "backbones"),
+    ("files", "errors", "progress", "episode", "objects", "schema", "backbones"),
     ("data", "models", "svf"),
     ("training", "finetune"),
     ("analysis",),

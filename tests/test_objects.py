@@ -1,5 +1,7 @@
 """Objects from configurations: wrong arguments are named, and files may call nothing but parts of a run."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import yaml
@@ -9,6 +11,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from svf_lightning.objects import build_object, check_trust
 from svf_lightning.training.callbacks import EpisodeProgress, _count
 from svf_lightning.training.segmenter import FewShotSegmenter
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_an_unknown_argument_is_named_with_its_file_and_the_nearest_one():
@@ -71,6 +75,16 @@ def test_code_that_cannot_be_imported_is_named():
         "svf_lightning.models.baseline.torch.load",
         "svf_lightning.training.checkpoints.torch.hub.load",
         "svf_lightningx.models.Evil",
+        "svf_lightning.models.baseline.Baseline.forward",
+        "svf_lightning.models.hsnet._HIDDEN",
+        "svf_lightning.models.baseline",
+        "svf_lightning.models.nothing.Here",
+        "svf_lightning.models./etc/passwd.Here",
+        "svf_lightning.training.base_learner.save_base",
+        "svf_lightning.training.callbacks.RunCheckpoint",
+        "svf_lightning.backbones.weights.download",
+        ["svf_lightning.models.baseline.Baseline"],
+        None,
         7,
     ],
 )
@@ -92,6 +106,15 @@ def test_every_part_of_the_main_job_is_trusted_and_instantiates(part, emoji_fold
     built = instantiate(config[part])
     kinds = {"model": FewShotSegmenter, "trainer": Trainer}
     assert isinstance(built, kinds.get(part, object))
+
+
+@pytest.mark.parametrize("group", ["data", "backbone", "model", "finetune", "trainer"])
+def test_all_that_the_configuration_files_name_in_a_run_is_trusted(group):
+    files = sorted((ROOT / "conf" / group).glob("*.yaml"))
+    assert files
+    for file in files:
+        content = yaml.safe_load(file.read_text())
+        check_trust({key: value for key, value in content.items() if key != "callbacks"}, str(file))
 
 
 class Counting(Callback):

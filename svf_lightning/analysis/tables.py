@@ -1,6 +1,5 @@
 """Print tables of scores: of one run, of an evaluation, and of many runs by strategy and fold."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from svf_lightning import schema
 from svf_lightning.analysis.published import FROZEN, SETTING, SVF, TABLES
 from svf_lightning.data.protocol import describe
 
@@ -58,20 +58,13 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: If there is no such folder, or no finished run in it.
-        ValueError: If a metrics.json cannot be read.
+        ValueError: If a metrics.json is broken, of a later version, or something else.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}; name the one that train.py writes its runs to")
     results = []
     for path in sorted([*folder.glob("metrics.json"), *folder.glob("*/metrics.json")]):
-        try:
-            result = json.loads(path.read_text())
-            result["config"]["finetune"]["_target_"], result["miou"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path} is not a whole metrics.json ({error}); delete it or run that job again"
-            ) from None
-        results.append({**result, "run": path.parent.name})
+        results.append({**schema.read(path, "metrics"), "run": path.parent.name})
     if not results:
         raise FileNotFoundError(f"no metrics.json below {folder}; a run writes it after its test")
     return results

@@ -16,6 +16,7 @@ from svf_lightning.errors import Problem, printable, problems_of
 from svf_lightning.files import replace_file, write_whole
 from svf_lightning.own_images.predict import FewShotPredictor, Segmentation
 from svf_lightning.progress import Progress
+from svf_lightning.schema import checked
 
 
 def find_queries(arguments: Sequence[str], output: Path) -> tuple[dict[Path, str], list[Problem]]:
@@ -119,7 +120,8 @@ def predict_files(
                 report["not_done"].remove(str(source))
                 progress.advance()
     finally:
-        text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+        content = checked(report, "predictions", output / "predictions.json")
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         write_whole(output / "predictions.json", printable(text))
     return report
 

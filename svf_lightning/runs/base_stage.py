@@ -15,6 +15,7 @@ from svf_lightning.runs.fit import begin, fit
 from svf_lightning.runs.folder import tested_checkpoint
 from svf_lightning.runs.results import environment
 from svf_lightning.runs.run import build_part
+from svf_lightning.schema import checked
 from svf_lightning.training.base_learner import BaseSegmenter, save_base
 from svf_lightning.training.checkpoints import load_checkpoint
 
@@ -107,7 +108,9 @@ def train(config: Config) -> float:
         segmenter.load_state_dict(chosen["state_dict"])
         result = {**header, "base_miou": miou, "epochs": settings["epochs"]}
         save_base(folder / "base.pth", model, result)
-        write_whole(folder / "base.json", json.dumps({**result, **environment()}, indent=2) + "\n")
+        validated = {**result, "base_miou": None if best.best_model_score is None else miou}
+        content = checked({**validated, **environment()}, "base", folder / "base.json")
+        write_whole(folder / "base.json", json.dumps(content, indent=2) + "\n")
         log.info("base mIoU %.2f %%; wrote %s", 100 * miou, folder / "base.pth")
     return miou
 

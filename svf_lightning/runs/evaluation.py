@@ -16,6 +16,7 @@ from svf_lightning.runs.configuration import check_values
 from svf_lightning.runs.folder import keep_earlier
 from svf_lightning.runs.results import environment, test_scores
 from svf_lightning.runs.run import build_data, build_trainer, load_run, silence_warnings
+from svf_lightning.schema import checked
 
 log = logging.getLogger("svf")
 
@@ -98,8 +99,10 @@ def evaluate(
         "seeds": rows,
         **environment(),
     }
-    keep_earlier(folder / "evaluation.json")
-    write_whole(folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
+    path = folder / "evaluation.json"
+    text = json.dumps(checked(result, "evaluation", path), indent=2) + "\n"
+    keep_earlier(path)
+    write_whole(path, text)
     if save_episodes is not None:
         episode_lists.write_list(save_episodes, protocol, tested)
         log.info("wrote the episodes to %s", save_episodes)

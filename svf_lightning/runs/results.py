@@ -19,6 +19,7 @@ from svf_lightning.data.protocol import describe
 from svf_lightning.files import write_whole
 from svf_lightning.runs.configuration import Config
 from svf_lightning.runs.run import identity
+from svf_lightning.schema import checked
 from svf_lightning.training.callbacks import count_trainable
 from svf_lightning.training.segmenter import FewShotSegmenter
 
@@ -80,10 +81,11 @@ def write_results(
         "seed": config["seed"],
         "config": config,
     }
-    write_whole(folder / "metrics.json", json.dumps(result, indent=2) + "\n")
+    path = folder / "metrics.json"
+    write_whole(path, json.dumps(checked(result, "metrics", path), indent=2) + "\n")
     kept = [pair for callback in segmenter.trainer.callbacks for pair in getattr(callback, "kept", [])]  # type: ignore[attr-defined]
     if kept:
         mean, std = segmenter.model.backbone.mean, segmenter.model.backbone.std
         figures.episode_grid(kept, data.source.class_names, mean, std, folder / "episodes.png")
     tables.print_scores(result, f"fold {config['fold']}: {describe(result['protocol'])}")
-    log.info("wrote %s%s", folder / "metrics.json", ", with pictures in episodes.png" if kept else "")
+    log.info("wrote %s%s", path, ", with pictures in episodes.png" if kept else "")

@@ -133,7 +133,7 @@ def load_run(
 
 
 def check_run(config: Config, source: str, trust: str | Sequence[str] = ()) -> None:
-    """Refuse a run's configuration that wants to call more than the parts of a run and what ``trust`` names.
+    """Refuse a run's configuration that wants to call more than parts of a run and what ``trust`` names.
 
     Loggers and callbacks may be anything: they belong to training, which no file decides.
 

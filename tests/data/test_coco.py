@@ -1,5 +1,6 @@
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -285,6 +286,18 @@ def test_annotations_without_their_images_are_counted(fresh):
         FileNotFoundError, match=r"val2014 lacks 2 of the 6 images that instances_val2014.json"
     ):
         fresh.ensure()
+
+
+@pytest.mark.parametrize("name", ["../up.jpg", "../../up.jpg", "/up.jpg", "down/../../up.jpg"])
+def test_an_image_outside_of_its_folder_is_refused_and_nothing_is_written(fresh, tmp_path, name):
+    picture = next(path for path in (fresh.root / "train2014").iterdir())
+    shutil.copy(picture, fresh.root / "up.jpg")
+    edit(fresh.root, lambda tables: tables["images"][0].update(file_name=name))
+    before = set(tmp_path.rglob("*"))
+
+    with pytest.raises(FileNotFoundError, match=f"lacks 1 of the 6 images .*{name} for one"):
+        fresh.ensure()
+    assert set(tmp_path.rglob("*")) == before
 
 
 def test_a_truncated_annotation_file_is_named(fresh):

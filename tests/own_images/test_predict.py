@@ -399,6 +399,19 @@ def test_results_stay_inside_of_the_output(examples, queries, tmp_path, monkeypa
     assert Path("out/masks/both.png").is_file()
 
 
+@pytest.mark.parametrize("name", ["../../../up", "/root", "..", "a/../../../beside", "nul\\..\\x"])
+def test_names_of_classes_cannot_put_results_anywhere_else(queries, tmp_path, name):
+    before = set(tmp_path.rglob("*"))
+    fitted = predictor().fit({name: [ONE_RED]}, {name: [where(ONE_RED, RED)]})
+    command.predict_files(
+        fitted, {queries / "both.png": "both"}, tmp_path / "deep" / "out", probabilities=True
+    )
+
+    new = {path for path in set(tmp_path.rglob("*")) - before if path.is_file()}
+    assert len(list((tmp_path / "deep/out/probabilities/both").glob("*.png"))) == 1
+    assert all((tmp_path / "deep" / "out") in path.parents for path in new)
+
+
 def test_pairs_of_files_and_folders_are_supports_of_named_classes(examples, queries, tmp_path):
     images, masks = examples / "images", examples / "masks"
     options = [

@@ -127,7 +127,8 @@ PLACES = (
 @pytest.mark.parametrize("place", PLACES)
 def test_no_part_of_a_run_folder_may_hold_a_payload(run, tmp_path, called, place):
     payload = payloads(called)["a command of torch"]
-    folder = hostile_run(run, tmp_path / "run", payload if "." in place else {**payload, "source": {}}, place)
+    needed = {} if "." in place else {"source": {}, "network": {}}
+    folder = hostile_run(run, tmp_path / "run", {**payload, **needed}, place)
     with pytest.raises(ValueError, match=rf"'torch.utils.collect_env.run' \({place}\)"):
         load_run(folder, classes=(1,))
     assert not called.exists()
