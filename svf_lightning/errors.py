@@ -89,22 +89,28 @@ def one_line_errors(function: Callable[P, R]) -> Callable[P, R]:
         try:
             return function(*args, **kwargs)
         except Exception as error:
-            if isinstance(error, BrokenPipeError) and _drop_unread_output():
+            if isinstance(error, BrokenPipeError) and drop_unread_output():
                 sys.exit(1)
-            message = _of_configuration(error)
-            if message is None and isinstance(error, (ValueError, OSError)):
-                message = str(error)
+            message = one_line(error)
             if message is None or os.environ.get("SVF_TRACEBACK") == "1":
                 raise
             print("error:", printable(message), file=sys.stderr)
             sys.exit(1)
         finally:
-            _drop_unread_output()
+            drop_unread_output()
 
     return wrapped
 
 
-def _drop_unread_output() -> bool:
+def one_line(error: Exception) -> str | None:
+    """What to tell users of an error that their input caused; None for an error of ours."""
+    message = _of_configuration(error)
+    if message is None and isinstance(error, (ValueError, OSError)):
+        message = str(error)
+    return message
+
+
+def drop_unread_output() -> bool:
     """Send what is still to be printed nowhere if its reader has left; whether one has.
 
     Python prints the rest of it when it exits, and would complain then.
@@ -129,5 +135,14 @@ def _of_configuration(error: Exception) -> str | None:
     if type(error).__module__.split(".")[0] not in ("hydra", "omegaconf"):
         return None
     lines = [line.strip() for line in str(error).split("Config search path")[0].splitlines()]
+    if type(error).__name__ == "OverrideParseException":
+        # Hydra's own message speaks of tokens.
+        argument = str(getattr(error, "override", ""))
+        key, _, value = argument.partition("=")
+        value = value.strip("'\"") or "VALUE"
+        return (
+            f"cannot read the argument {argument}: it must be KEY=VALUE, and a value with = , ( ) [ ] {{ }} "
+            f": or a quote in it needs quotes inside those of the shell: '{key}=\"{value}\"'"
+        )
     text = " ".join(line for line in lines if line and not line.startswith(("full_key", "object_type")))
     return f"{text} (`--cfg job` prints every key and value, `--help` every choice)"

@@ -1,6 +1,7 @@
 """The configuration of a run: compose it, check it, save it, and build objects from it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from svf_lightning.files import write_whole
 from svf_lightning.runs import earlier
 
 Config = dict[str, Any]
+
+_WHOLE_NUMBERS = {"fold": 0, "shot": 1, "seed": 0, "epochs": 0, "workers": 0}  # and the least of each
 
 
 def check_values(config: Config, multirun: bool = False) -> None:
@@ -24,13 +27,67 @@ def check_values(config: Config, multirun: bool = False) -> None:
         raise ValueError(f"selection must be one of {known}, got {config['selection']!r}")
     if config.get("resume_changes", "refuse") not in ("refuse", "allow"):
         raise ValueError(f"resume_changes must be refuse or allow, got {config['resume_changes']!r}")
-    if not isinstance(config["shot"], int) or config["shot"] < 1:
-        raise ValueError(f"shot must be a whole number of 1 or more, got {config['shot']!r}")
+    for key, least in _WHOLE_NUMBERS.items():
+        value = config.get(key, least)
+        if type(value) is not int or value < least:
+            raise ValueError(f"{key} must be a whole number of {least} or more, got {value!r}")
+    for key in ("test", "skip_done"):
+        if not isinstance(config.get(key, False), bool):
+            raise ValueError(f"{key} must be true or false, got {config[key]!r}")
     if multirun and is_distributed(config):
         raise ValueError(
             "trainer.strategy=ddp cannot run under -m: its processes would start the sweep again; "
             "run the jobs one by one, or sweep with one device each"
         )
+
+
+def check_choices(config: Config) -> None:
+    """Refuse what was typed and would be passed over: a new value at the top, a recipe that does not exist.
+
+    Recipes, experiments and sweeps are optional, because not every data set has a recipe, and Hydra passes
+    over what is missing.
+
+    Raises:
+        ValueError: Naming what there is.
+    """
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.hydra_config import HydraConfig
+
+    given = {override.partition("=")[0].lstrip("+") for override in HydraConfig.get().overrides.task}
+    added = [o.lstrip("+").partition("=")[0] for o in HydraConfig.get().overrides.task if o[0] == "+"]
+    keys = _top_level_keys()
+    for key in added:
+        if key.isidentifier() and key not in keys and not key.startswith("_"):
+            near = _paths_to(key, config) or get_close_matches(key, keys, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(keys))}"
+            raise ValueError(
+                f"nothing reads {key!r} ({key}: {config[key]!r}): {hint} "
+                "(a value of your own, for interpolation, begins with an underscore)"
+            )
+    chosen = HydraConfig.get().runtime.choices
+    for group in ("recipe", "experiment", "sweep"):
+        names = chosen.get(group) if group in given else None
+        for name in [names] if isinstance(names, str) else names or []:
+            known = GlobalHydra.instance().config_loader().get_group_options(group)
+            if name not in known:
+                raise ValueError(f"{group}={name}: there is no such {group}; known are {', '.join(known)}")
+
+
+def _top_level_keys() -> set[str]:
+    """What a configuration may hold: the keys of train.yaml, its groups, and ``base`` of BAM."""
+    file = yaml.safe_load((_configuration_files() / "train.yaml").read_text(encoding="utf-8"))
+    groups = {name for entry in file["defaults"] if isinstance(entry, dict) for name in entry}
+    return {*file, *groups, "base"} - {"defaults", "hydra"}
+
+
+def _paths_to(name: str, node: Mapping[str, Any], path: str = "") -> list[str]:
+    """Dotted paths of the values below the top level that have this name, the highest first."""
+    found = []
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            found += [f"{path}{key}.{name}"] if name in value else []
+            found += _paths_to(name, value, f"{path}{key}.")
+    return sorted(found, key=lambda place: place.count("."))
 
 
 def compose(overrides: Sequence[str], folder: Path) -> Config:
