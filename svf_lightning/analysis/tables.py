@@ -1,5 +1,6 @@
 """Print tables of scores: of one run, of an evaluation, and of many runs by strategy and fold."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from rich.table import Table
 from svf_lightning import schema
 from svf_lightning.analysis.published import FROZEN, SETTING, SVF, TABLES
 from svf_lightning.data.protocol import describe
+
+log = logging.getLogger("svf")
 
 
 def print_scores(result: Mapping[str, Any], title: str) -> None:
@@ -56,6 +59,8 @@ def print_evaluation(result: Mapping[str, Any]) -> None:
 def read_results(folder: Path) -> list[dict[str, Any]]:
     """Read the metrics.json of every run below ``folder`` (not those moved to ``earlier/``).
 
+    Scores of fewer episodes than the protocol's are left out, with a line that names the run.
+
     Raises:
         FileNotFoundError: If there is no such folder, or no finished run in it.
         ValueError: If a metrics.json is broken, of a later version, or something else.
@@ -64,7 +69,12 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
         raise FileNotFoundError(f"no folder {folder}; name the one that train.py writes its runs to")
     results = []
     for path in sorted([*folder.glob("metrics.json"), *folder.glob("*/metrics.json")]):
-        results.append({**schema.read(path, "metrics"), "run": path.parent.name})
+        result = {**schema.read(path, "metrics"), "run": path.parent.name}
+        if result.get("partial"):
+            tested = f"{result['scored']} of {result['protocol']['episodes']}"
+            log.warning("%s is left out: only %s test episodes were scored", path, tested)
+        else:
+            results.append(result)
     if not results:
         raise FileNotFoundError(f"no metrics.json below {folder}; a run writes it after its test")
     return results

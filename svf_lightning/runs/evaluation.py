@@ -99,6 +99,8 @@ def evaluate(
         "seeds": rows,
         **environment(),
     }
+    if any("partial" in row for row in rows):
+        result["partial"] = True
     path = folder / "evaluation.json"
     text = json.dumps(checked(result, "evaluation", path), indent=2) + "\n"
     keep_earlier(path)

@@ -15,6 +15,7 @@ from svf_lightning.runs.contract import Change, check_resume
 from svf_lightning.runs.folder import keep_curves, move_earlier_results, resume_point
 from svf_lightning.runs.run import build_all, build_trainer
 from svf_lightning.training.callbacks import LogHyperparameters, StopAtNonFinite, TakeNewRecipe
+from svf_lightning.training.checkpoints import load_checkpoint
 from svf_lightning.training.saving import SIGNALS, Stopped
 
 log = logging.getLogger("svf")
@@ -88,10 +89,11 @@ def _open_folder(config: Config, start: Start) -> None:
         move_earlier_results(folder)
     else:
         keep_curves(folder)
-    if start.changes:
+    if start.changes and start.checkpoint is not None:
         path = folder / "history.json"
         history = json.loads(path.read_text()) if path.is_file() else []
         changed = {change.name: [change.old, change.new] for change in start.changes}
-        history.append({"resumed_from": str(start.checkpoint), "changed": changed})
+        epoch = load_checkpoint(start.checkpoint)["epoch"]
+        history.append({"epoch": epoch, "resumed_from": str(start.checkpoint), "changed": changed})
         write_whole(path, json.dumps(history, indent=2) + "\n")
     write_config(folder, config)

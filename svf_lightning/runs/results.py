@@ -55,9 +55,16 @@ def environment() -> dict[str, Any]:
 
 
 def test_scores(metrics: Mapping[str, Tensor], data: FewShotDataModule) -> dict[str, Any]:
-    """The test scores as plain numbers: mIoU, FB-IoU and the IoU of each novel class by name."""
+    """The test scores as plain numbers: mIoU, FB-IoU and the IoU of each novel class by name.
+
+    And ``scored``, how many episodes went into them; ``partial`` where these are fewer than the protocol's,
+    as with ``limit_test_batches``, so that no table takes such scores for the test.
+    """
     names = data.source.class_names
+    scored = int(metrics["test/episodes"])
     return {
+        "scored": scored,
+        **({"partial": True} if scored < len(data.test_set) else {}),
         "miou": float(metrics["test/miou"]),
         "fb_iou": float(metrics["test/fb_iou"]),
         "class_iou": {names[c - 1]: float(metrics[f"test/class_{c}"]) for c in data.roles.test},
@@ -70,7 +77,11 @@ def write_results(
     """Write metrics.json and, if the run keeps episodes, episodes.png; print the table of scores."""
     from svf_lightning.analysis import figures, tables
 
+    if segmenter.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        log.warning("fast_dev_run only tries whether all runs: no result is written")
+        return
     folder = Path(config["run_dir"])
+    history = folder / "history.json"
     result = {
         **test_scores(segmenter.trainer.callback_metrics, data),
         "protocol": data.protocol().as_dict(),
@@ -80,6 +91,7 @@ def write_results(
         **environment(),
         "seed": config["seed"],
         "config": config,
+        "history": json.loads(history.read_text()) if history.is_file() else [],
     }
     path = folder / "metrics.json"
     write_whole(path, json.dumps(checked(result, "metrics", path), indent=2) + "\n")
@@ -87,5 +99,10 @@ def write_results(
     if kept:
         mean, std = segmenter.model.backbone.mean, segmenter.model.backbone.std
         figures.episode_grid(kept, data.source.class_names, mean, std, folder / "episodes.png")
+    if "partial" in result:
+        log.warning(
+            "PARTIAL: %s of %s test episodes were scored; `svf report` leaves this run out",
+            *(result["scored"], result["protocol"]["episodes"]),
+        )
     tables.print_scores(result, f"fold {config['fold']}: {describe(result['protocol'])}")
     log.info("wrote %s%s", path, ", with pictures in episodes.png" if kept else "")

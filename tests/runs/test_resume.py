@@ -105,6 +105,7 @@ def test_a_new_rate_and_decay_are_in_force_where_the_user_insists(half, train, t
     assert {decay for _, decay in Rates.seen} == {0.5}
     (entry,) = json.loads((folder / "history.json").read_text())
     assert entry["changed"]["model.lr"] == [0.005, 0.0001]
+    assert json.loads((folder / "metrics.json").read_text())["history"] == [entry]
     assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["lr"] == 0.0001
 
 

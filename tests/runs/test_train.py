@@ -279,3 +279,27 @@ def test_the_last_whole_epoch_is_on_disk_while_the_next_one_runs(train, tmp_path
     assert steps == [None, 2, 4]
     assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 6
     assert not list((tmp_path / "run" / "checkpoints").glob("*.part"))
+
+
+def test_a_result_of_fewer_episodes_than_its_protocol_says_so_and_stays_out_of_tables(
+    train, call, tmp_path, capsys
+):
+    options = ["data.test_batch_size=2", "epochs=1"]
+    folder = train(tmp_path / "part", "+trainer.limit_test_batches=2", *options)
+    result = json.loads((folder / "metrics.json").read_text())
+    assert (result["scored"], result["protocol"]["episodes"], result["partial"]) == (4, 6, True)
+    train(tmp_path / "whole", *options)
+    (row,) = tables.read_results(tmp_path)
+    assert (row["run"], row["scored"]) == ("whole", 6)
+    assert "partial" not in row
+    assert "part/metrics.json is left out: only 4 of 6 test episodes were scored" in capsys.readouterr().out
+
+    call(evaluate.main, f"run={folder}")
+    assert "partial" in json.loads((folder / "evaluation.json").read_text())  # the trainer is the run's own
+
+
+def test_a_dry_run_writes_no_result(train, tmp_path, capsys):
+    folder = train(tmp_path / "dry", "+trainer.fast_dev_run=true")
+    assert "no result is written" in capsys.readouterr().out
+    assert not (folder / "metrics.json").exists()
+    assert not (folder / "checkpoints" / "last.ckpt").exists()
