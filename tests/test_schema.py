@@ -14,6 +14,7 @@ from svf_lightning import schema
 from svf_lightning.analysis import tables
 from svf_lightning.cli import app
 from svf_lightning.data.protocol import Protocol
+from svf_lightning.runs.results import environment
 
 EARLIER = Path(__file__).parent / "runs" / "earlier_run" / "metrics.json"
 SCHEMA = json.loads(schema.FILE.read_text())
@@ -30,6 +31,13 @@ def evaluation(content):
     shared = {key: content[key] for key in SCHEMA["$defs"]["environment"]["required"]}
     seeds = [{**row, "seconds": 0.5}]
     return {"miou_mean": 0.5, "miou_std": 0.0, "protocol": content["protocol"], "seeds": seeds, **shared}
+
+
+def test_results_of_a_machine_without_git_fit(content, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    here = environment()
+    assert here["commit"] is here["uncommitted_changes"] is None
+    schema.checked({**content, **here}, "metrics", "metrics.json")
 
 
 def test_the_schema_is_sound_and_knows_the_protocol():

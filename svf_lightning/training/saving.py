@@ -56,6 +56,12 @@ class RunCheckpoint(ModelCheckpoint):
         self.written = time.monotonic()
         self.signal: int | None = None  # that asked to stop
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the best weights of this folder; the path of another run's is of no use here."""
+        super().load_state_dict(state_dict)
+        if self.best_model_path and Path(self.best_model_path).parent.resolve() != self.last.parent.resolve():
+            self.best_model_path = ""
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.written = time.monotonic()
         for number in SIGNALS:  # Lightning's own handlers stop without saving
